@@ -1,0 +1,125 @@
+"""The exact Arrow schemas of every table, and the two-way road between vectors and matrices.
+
+Vectors never become Python lists: a ``vector`` column is FixedSizeList, and its buffer is the matrix.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Part of every fingerprint: raise it when a table changes its meaning."""
+
+VectorDtype = Literal["float32", "float16", "int8"]
+
+_VALUE_TYPES: dict[VectorDtype, pa.DataType] = {
+    "float32": pa.float32(),
+    "float16": pa.float16(),
+    "int8": pa.int8(),
+}
+
+IDENTITY_FIELDS = (
+    pa.field("object_uri", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+    pa.field("row", pa.int64(), nullable=False),
+)
+"""Where a row came from; accounting rests on it and never on the user's ids.
+
+``row`` is the row number inside the object, or the byte offset of the line for line formats
+(in the decompressed stream): a byte span knows offsets, not numbers.
+"""
+
+DOCUMENTS = pa.schema(
+    [
+        *IDENTITY_FIELDS,
+        pa.field("doc_id", pa.large_string(), nullable=False),
+        pa.field("title", pa.large_string()),
+        pa.field("text", pa.large_string(), nullable=False),
+    ]
+)
+"""Validated rows of a unit; kept columns follow these."""
+
+_PASSAGE_FIELDS = (
+    *IDENTITY_FIELDS,
+    pa.field("doc_id", pa.large_string(), nullable=False),
+    pa.field("passage_id", pa.large_string(), nullable=False),
+    pa.field("passage_index", pa.int32(), nullable=False),
+    pa.field("start_char", pa.int32(), nullable=False),
+    pa.field("end_char", pa.int32(), nullable=False),
+    pa.field("num_tokens", pa.int32(), nullable=False),
+    pa.field("content_hash", pa.binary(16), nullable=False),
+)
+
+PASSAGES = pa.schema([*_PASSAGE_FIELDS, pa.field("token_ids", pa.large_list(pa.int32()))])
+"""Tokenized passages on their way to the embedder; kept columns follow these."""
+
+REJECTS = pa.schema(
+    [
+        pa.field("object_uri", pa.string(), nullable=False),
+        pa.field("row", pa.int64()),  # null: the object as a whole
+        pa.field("doc_id", pa.string()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),
+        pa.field("raw", pa.binary()),
+    ]
+)
+
+FILES = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+"""The file lists of a manifest; ``path`` is relative to the table."""
+
+PLAN = pa.schema(
+    [
+        pa.field("unit_key", pa.string(), nullable=False),
+        pa.field("spans", pa.string(), nullable=False),  # JSON, see corpus.units
+    ]
+)
+
+
+def vector_column_names(dims: Sequence[int]) -> list[str]:
+    """Return the column name of each width: ``vector`` for the first, ``vector_<dim>`` for the rest."""
+    return ["vector" if i == 0 else f"vector_{dim}" for i, dim in enumerate(dims)]
+
+
+def vectors_schema(
+    dims: Sequence[int], dtype: VectorDtype, kept_fields: Sequence[pa.Field] = ()
+) -> pa.Schema:
+    """Return the schema of a vectors table with one vector column per width in ``dims``."""
+    vectors = [
+        pa.field(name, pa.list_(pa.field("element", _VALUE_TYPES[dtype]), dim), nullable=False)
+        for name, dim in zip(vector_column_names(dims), dims, strict=True)
+    ]
+    return pa.schema([*_PASSAGE_FIELDS, *vectors, *kept_fields])
+
+
+def vector_array(matrix: np.ndarray) -> pa.FixedSizeListArray:
+    """Wrap a C-contiguous matrix of shape (rows, dim) as a FixedSizeList column without copying."""
+    flat = pa.array(np.ascontiguousarray(matrix).reshape(-1))
+    value_type = pa.field("element", flat.type)
+    return pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(value_type, matrix.shape[1]))
+
+
+def vector_matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Return a vector column as one matrix of shape (rows, dim).
+
+    A column of one chunk is not copied; several chunks are concatenated once.
+    """
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    dim = column.type.list_size
+    matrices = [_chunk_matrix(chunk, dim) for chunk in chunks]
+    if len(matrices) == 1:
+        return matrices[0]
+    dtype = column.type.value_type.to_pandas_dtype()
+    return np.concatenate(matrices) if matrices else np.empty((0, dim), dtype)
+
+
+def _chunk_matrix(chunk: pa.FixedSizeListArray, dim: int) -> np.ndarray:
+    values = chunk.values.slice(chunk.offset * dim, len(chunk) * dim)
+    return values.to_numpy(zero_copy_only=True).reshape(-1, dim)
