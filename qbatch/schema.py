@@ -1,6 +1,6 @@
 """The exact Arrow schemas of every table, and the two-way road between vectors and matrices.
 
-Vectors never become Python lists: a ``vector`` column is FixedSizeList, and its buffer is the matrix.
+Vectors never become Python lists: a ``vector`` column is FixedSizeList, its buffer is the matrix.
 """
 
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ PLAN = pa.schema(
 
 
 def vector_column_names(dims: Sequence[int]) -> list[str]:
-    """Return the column name of each width: ``vector`` for the first, ``vector_<dim>`` for the rest."""
+    """Return the column of each width: ``vector`` for the first, ``vector_<dim>`` for the rest."""
     return ["vector" if i == 0 else f"vector_{dim}" for i, dim in enumerate(dims)]
 
 
@@ -122,4 +122,5 @@ def vector_matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
 
 def _chunk_matrix(chunk: pa.FixedSizeListArray, dim: int) -> np.ndarray:
     values = chunk.values.slice(chunk.offset * dim, len(chunk) * dim)
-    return values.to_numpy(zero_copy_only=True).reshape(-1, dim)
+    flat: np.ndarray = values.to_numpy(zero_copy_only=True)
+    return flat.reshape(-1, dim)

@@ -1,0 +1,353 @@
+"""Object storage and local disks behind a handful of operations with exact promises.
+
+A file appears whole or not at all: one PUT on object stores, write-then-rename on a disk.
+``create`` never replaces. Listings come in name order and are never held in memory. Every failure
+of the store is a StorageError that names the object. Each process finds its credentials by itself;
+they are never passed around.
+"""
+
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+
+import fsspec
+from botocore.exceptions import BotoCoreError
+
+from qbatch.errors import ConfigError, ObjectExistsError, StorageError
+
+SCHEMES = ("file", "s3", "gs", "hf")
+"""What a URI may start with; http stays out, so that no input reaches internal services."""
+
+_STORE_ERRORS = (OSError, BotoCoreError)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One stored object."""
+
+    uri: str
+    path: str
+    """Relative to the storage it was listed from."""
+    size: int
+    """Bytes."""
+    version: str
+    """ETag, or the modification time in nanoseconds on a disk: changes when the content does."""
+
+
+class Storage:
+    """One directory of an object store or a disk; cheap to make and to send to a process."""
+
+    def __init__(self, uri: str) -> None:
+        self.scheme, self.root = split_uri(uri)
+        self.uri = f"{self.scheme}://{self.root}" if self.scheme != "file" else self.root
+
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
+        return Storage, (self.uri,)
+
+    @cached_property
+    def _backend(self) -> "_Backend":
+        return _LocalBackend() if self.scheme == "file" else _FsspecBackend(self.scheme)
+
+    def _absolute(self, path: str) -> str:
+        return f"{self.root.rstrip('/')}/{path}" if path else self.root
+
+    def object_uri(self, path: str) -> str:
+        """Return the full URI of a path inside this storage."""
+        absolute = self._absolute(path)
+        return absolute if self.scheme == "file" else f"{self.scheme}://{absolute}"
+
+    def read(self, path: str) -> bytes:
+        """Return the content of an object; FileNotFoundError when absent."""
+        with _named_errors("read", self.object_uri(path)):
+            return self._backend.read(self._absolute(path))
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        """Make an object appear whole, replacing an older one of the same name."""
+        with _named_errors("write", self.object_uri(path)):
+            self._backend.write(self._absolute(path), data)
+
+    def create(self, path: str, data: bytes) -> None:
+        """Make an object appear whole, only if there is none of that name.
+
+        Raises:
+            ObjectExistsError: An object of that name is there.
+            StorageError: The store failed; whether the object was written is unknown.
+        """
+        with _named_errors("create", self.object_uri(path)):
+            try:
+                self._backend.create(self._absolute(path), data)
+            except FileExistsError as error:
+                raise ObjectExistsError(f"{self.object_uri(path)} exists already") from error
+
+    def open(self, path: str) -> BinaryIO:
+        """Open an object for random-access reading; FileNotFoundError when absent."""
+        with _named_errors("open", self.object_uri(path)):
+            return self._backend.open(self._absolute(path))
+
+    def info(self, path: str) -> ObjectInfo:
+        """Return size and version of one object; FileNotFoundError when absent."""
+        with _named_errors("stat", self.object_uri(path)):
+            size, version = self._backend.info(self._absolute(path))
+        return ObjectInfo(self.object_uri(path), path, size, version)
+
+    def delete(self, path: str) -> None:
+        """Remove one object; an absent one is no error."""
+        with _named_errors("delete", self.object_uri(path)):
+            self._backend.delete(self._absolute(path))
+
+    def iter_objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Yield every object under a directory, recursively, in name order.
+
+        Args:
+            prefix: A directory in this storage; "" is all of it. An absent one yields nothing.
+        """
+        base = self._absolute(prefix).rstrip("/")
+        with _named_errors("list", self.object_uri(prefix)):
+            for absolute, size, version in self._backend.iter_objects(base):
+                path = absolute[len(self.root.rstrip("/")) + 1 :]
+                yield ObjectInfo(self.object_uri(path), path, size, version)
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Return scheme and path of a URI or local path; local paths become absolute.
+
+    Raises:
+        ConfigError: The scheme is not allowed, or the URI holds credentials, a query or "..".
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return "file", str(Path(uri).expanduser().absolute())
+    if scheme not in SCHEMES:
+        raise ConfigError(
+            f"unknown storage scheme {scheme!r} in {redact(uri)!r}; use one of {SCHEMES}"
+        )
+    if "@" in rest.split("/", 1)[0]:
+        raise ConfigError(
+            f"credentials inside the URI {redact(uri)!r}; give them through the environment, "
+            "a mounted file or a service account instead"
+        )
+    if ".." in rest.split("/"):
+        raise ConfigError(f"'..' inside the URI {uri!r}; write the path it means")
+    if scheme == "file":
+        return "file", str(Path(rest))
+    if not rest.strip("/"):
+        raise ConfigError(f"the URI {uri!r} names no bucket; write {scheme}://bucket/prefix")
+    return scheme, rest.rstrip("/")
+
+
+def redact(uri: str) -> str:
+    """Return a URI without the user:password part, fit for logs and messages."""
+    return re.sub(r"://[^/@]*@", "://***@", uri)
+
+
+def _parent(uri: str) -> tuple[Storage, str]:
+    head, _, name = uri.rstrip("/").rpartition("/")
+    return Storage(head or "/"), name
+
+
+def open_object(uri: str) -> BinaryIO:
+    """Open one object by its full URI for random-access reading."""
+    storage, name = _parent(uri)
+    return storage.open(name)
+
+
+def object_info(uri: str) -> ObjectInfo:
+    """Return size and version of one object by its full URI; FileNotFoundError when absent."""
+    storage, name = _parent(uri)
+    return storage.info(name)
+
+
+def probe(storage: Storage, *, single_writer: bool = False) -> None:
+    """Refuse a store that cannot be written, or that would let two writers overwrite each other.
+
+    Args:
+        storage: Where a job will publish.
+        single_writer: The operator promises that nothing else writes here; only writing is tried.
+
+    Raises:
+        StorageError: The store is unusable; the message says why and what to do.
+    """
+    name = f".probe-{secrets.token_hex(8)}"
+    if single_writer:
+        storage.write(name, b"probe")
+        storage.delete(name)
+        return
+    try:
+        _probe_create_only(storage, name)
+    finally:
+        storage.delete(name)
+
+
+def _probe_create_only(storage: Storage, name: str) -> None:
+    remedy = (
+        "Two jobs could overwrite each other's generation here. Use a store with conditional PUT "
+        "(If-None-Match), or promise with --single-writer that this job is the only writer"
+    )
+    try:
+        storage.create(name, b"first")
+    except StorageError as error:
+        storage.write(name, b"first")  # tells "cannot write at all" from "cannot create-only"
+        raise StorageError(f"{storage.uri} refuses conditional PUT ({error}). {remedy}") from error
+    try:
+        storage.create(name, b"second")
+    except ObjectExistsError:
+        return
+    raise StorageError(f"{storage.uri} ignores conditional PUT and overwrote an object. {remedy}")
+
+
+@contextmanager
+def _named_errors(action: str, uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except _STORE_ERRORS as error:
+        raise StorageError(
+            f"cannot {action} {uri}: {type(error).__name__}: {error}. Check that the endpoint "
+            "answers and that the credentials this process finds may do this"
+        ) from error
+
+
+class _Backend(Protocol):
+    """The operations on absolute paths that differ between a disk and an object store."""
+
+    def read(self, path: str) -> bytes: ...
+    def write(self, path: str, data: bytes | memoryview) -> None: ...
+    def create(self, path: str, data: bytes) -> None: ...
+    def open(self, path: str) -> BinaryIO: ...
+    def info(self, path: str) -> tuple[int, str]: ...
+    def delete(self, path: str) -> None: ...
+    def iter_objects(self, base: str) -> Iterator[tuple[str, int, str]]: ...
+
+
+class _LocalBackend:
+    def read(self, path: str) -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        temporary = self._write_temporary(path, data)
+        os.replace(temporary, path)
+        _sync_directory(path)
+
+    def create(self, path: str, data: bytes) -> None:
+        temporary = self._write_temporary(path, data)
+        try:
+            os.link(temporary, path)  # fails when the target exists, unlike rename
+        finally:
+            os.unlink(temporary)
+        _sync_directory(path)
+
+    def _write_temporary(self, path: str, data: bytes | memoryview) -> str:
+        directory, name = os.path.split(path)
+        os.makedirs(directory, exist_ok=True)
+        temporary = f"{directory}/.{name}.{secrets.token_hex(4)}.tmp"
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return temporary
+
+    def open(self, path: str) -> BinaryIO:
+        return open(path, "rb")
+
+    def info(self, path: str) -> tuple[int, str]:
+        status = os.stat(path)
+        return status.st_size, str(status.st_mtime_ns)
+
+    def delete(self, path: str) -> None:
+        Path(path).unlink(missing_ok=True)
+
+    def iter_objects(self, base: str) -> Iterator[tuple[str, int, str]]:
+        if not os.path.isdir(base):
+            return
+        with os.scandir(base) as scan:
+            # A directory sorts as its objects do in a store: with the slash after its name.
+            entries = sorted(scan, key=lambda e: e.name + "/" if e.is_dir() else e.name)
+        for entry in entries:
+            if entry.is_dir():
+                yield from self.iter_objects(entry.path)
+            elif not entry.name.endswith(".tmp") or not entry.name.startswith("."):
+                status = entry.stat()
+                yield entry.path, status.st_size, str(status.st_mtime_ns)
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # without it a power loss can forget the rename
+    finally:
+        os.close(descriptor)
+
+
+class _FsspecBackend:
+    def __init__(self, scheme: str) -> None:
+        self._scheme = scheme
+        try:
+            self._fs: Any = fsspec.filesystem(scheme, use_listings_cache=False)
+        except ImportError as error:
+            raise ConfigError(
+                f"{scheme}:// needs a package that is not installed: {error}"
+            ) from error
+
+    def read(self, path: str) -> bytes:
+        return cast("bytes", self._fs.cat_file(path))
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        self._fs.pipe_file(path, bytes(data))
+
+    def create(self, path: str, data: bytes) -> None:
+        if not data:  # an empty create over an existing object raises nothing in s3fs
+            raise ValueError(f"create-only needs at least one byte of content for {path}")
+        self._fs.pipe_file(path, data, mode="create")
+
+    def open(self, path: str) -> BinaryIO:
+        return cast("BinaryIO", self._fs.open(path, "rb"))
+
+    def info(self, path: str) -> tuple[int, str]:
+        entry = self._fs.info(path)
+        if entry["type"] != "file":
+            raise FileNotFoundError(path)
+        return int(entry["size"]), _entry_version(entry)
+
+    def delete(self, path: str) -> None:
+        try:
+            self._fs.rm_file(path)
+        except FileNotFoundError:
+            return
+
+    def iter_objects(self, base: str) -> Iterator[tuple[str, int, str]]:
+        if self._scheme == "s3":
+            yield from self._iter_s3_pages(base)
+            return
+        for path, entry in sorted(self._fs.find(base, detail=True).items()):
+            yield path, int(entry["size"]), _entry_version(entry)
+
+    def _iter_s3_pages(self, base: str) -> Iterator[tuple[str, int, str]]:
+        # s3fs.find would hold the whole listing; pages keep a million objects flat in memory.
+        bucket, _, prefix = base.partition("/")
+        request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
+        while True:
+            page = self._fs.call_s3("list_objects_v2", **request)
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):
+                    yield f"{bucket}/{entry['Key']}", int(entry["Size"]), entry["ETag"].strip('"')
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _entry_version(entry: dict[str, Any]) -> str:
+    for key in ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "updated"):
+        if entry.get(key) is not None:
+            return str(entry[key]).strip('"')
+    raise StorageError(
+        f"{entry['name']} has neither an ETag nor a modification time; "
+        "changes to it could not be noticed. Copy the corpus to a store that reports one of them"
+    )

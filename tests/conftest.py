@@ -1,0 +1,70 @@
+"""Real parts shared by all tests: an S3 server process, buckets, and a place for each test."""
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+import s3fs
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a real HTTP S3 server in its own process; AWS_* variables point every client at it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (tmp_path_factory.mktemp("s3") / "server.log").open("wb")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=log,
+        stderr=log,
+    )
+    url = f"http://127.0.0.1:{port}"
+    settings = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        _wait_until_answering(url)
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _wait_until_answering(url: str) -> None:
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{url}/moto-api/data.json", timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(f"the S3 server at {url} did not start")
+
+
+@pytest.fixture
+def s3_bucket(s3_endpoint: str) -> str:
+    """``s3://`` URI of a fresh bucket."""
+    bucket = f"test-{secrets.token_hex(6)}"
+    s3fs.S3FileSystem().mkdir(bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store_uri(request: pytest.FixtureRequest, tmp_path) -> str:
+    """URI of an empty place, once on disk and once on the S3 server."""
+    if request.param == "disk":
+        return str(tmp_path / "store")
+    return request.getfixturevalue("s3_bucket") + "/store"
