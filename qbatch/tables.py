@@ -1,0 +1,60 @@
+"""Reading what was published: the newest generation of a table, file by file, checked.
+
+table = open_vectors("s3://bucket/vectors")
+for batch in table.iter_tables(columns=["doc_id", "vector"]): ...
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qbatch.errors import NoInputError
+from qbatch.manifest import Generation, latest_generation, load_generation, read_verified
+from qbatch.schema import REJECTS
+from qbatch.storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedTable:
+    """One generation of a table; later publications do not change what it reads."""
+
+    storage: Storage
+    generation: Generation
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all files of the generation."""
+        return sum(self.generation.files["rows"].to_pylist())
+
+    def iter_tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the content of each file in path order, its sha256 checked before it is parsed."""
+        for entry in self.generation.files.to_pylist():
+            yield self._read(entry, columns)
+
+    def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return all rows at once; for tables that fit in memory."""
+        return pa.concat_tables(self.iter_tables(columns), promote_options="permissive")
+
+    def rejects(self) -> pa.Table:
+        """Return the rejected rows of the generation, schema.REJECTS."""
+        tables = [self._read(entry, None) for entry in self.generation.rejects.to_pylist()]
+        return pa.concat_tables(tables) if tables else REJECTS.empty_table()
+
+    def _read(self, entry: dict[str, str], columns: Sequence[str] | None) -> pa.Table:
+        source = pa.BufferReader(read_verified(self.storage, entry))
+        return pq.read_table(source, columns=None if columns is None else list(columns))
+
+
+def open_vectors(uri: str, generation: int | None = None) -> PublishedTable:
+    """Open a vectors table at its newest generation, or at a given one.
+
+    Raises:
+        NoInputError: Nothing was published there.
+    """
+    storage = Storage(uri)
+    found = load_generation(storage, generation) if generation else latest_generation(storage)
+    if found is None:
+        raise NoInputError(f"no published generation in {storage.uri}; run the job that fills it")
+    return PublishedTable(storage, found)
