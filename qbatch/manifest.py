@@ -113,50 +113,38 @@ def publish(storage: Storage, draft: Generation, *, after: int) -> Generation:
 
     Args:
         storage: The table.
-        draft: What to publish; ``number`` and ``nonce`` are set here.
+        draft: What to publish; ``number``, ``nonce`` and ``single_writer`` are set here.
         after: The highest generation when the writer began, 0 for none.
 
     Raises:
         CommitRaceLostError: Another writer published that generation first.
         StorageError: The store failed and the manifest is not there.
     """
-    generation = replace(draft, number=after + 1, nonce=secrets.token_hex(16))
+    nonce = secrets.token_hex(16)
+    generation = replace(draft, number=after + 1, nonce=nonce, single_writer=storage.single_writer)
     path = _manifest_path(generation.number)
     data = json.dumps(_encode(storage, generation), indent=1).encode()
-    if generation.single_writer:
-        _write_alone(storage, path, data)
-    else:
-        try:
-            storage.create(path, data)
-        except (ObjectExistsError, StorageError) as error:
-            # A retry of our own PUT can meet our own manifest: only reading it back tells.
-            _confirm_own(storage, generation, cause=error)
-            return generation
-    _confirm_own(storage, generation, cause=None)
+    failure: Exception | None = None
+    try:
+        storage.create(path, data)
+    except (ObjectExistsError, StorageError) as error:
+        failure = error  # a retry of our own PUT can meet our own manifest: read it back
+    _confirm_own(storage, generation, failure)
     return generation
 
 
-def _write_alone(storage: Storage, path: str, data: bytes) -> None:
-    if any(o.path == path for o in storage.iter_objects(_DIRECTORY)):
-        raise CommitRaceLostError(
-            f"{storage.object_uri(path)} appeared while this job ran with --single-writer; "
-            "find the other writer, stop it, and run again"
-        )
-    storage.write(path, data)
-
-
-def _confirm_own(storage: Storage, generation: Generation, cause: Exception | None) -> None:
+def _confirm_own(storage: Storage, generation: Generation, failure: Exception | None) -> None:
     path = _manifest_path(generation.number)
     try:
         nonce = json.loads(storage.read(path)).get("nonce")
     except FileNotFoundError:
-        raise cause or StorageError(f"{storage.object_uri(path)} vanished after writing") from cause
+        raise failure or StorageError(f"{storage.object_uri(path)} is gone after writing") from None
     if nonce != generation.nonce:
         raise CommitRaceLostError(
             f"generation {generation.number} of {storage.uri} was published by another writer "
             f"(nonce {nonce}, ours {generation.nonce}); nothing of theirs was touched. Run again: "
             "finished units are reused"
-        ) from cause
+        ) from failure
 
 
 def _manifest_path(number: int) -> str:

@@ -14,6 +14,8 @@ SCHEMA_VERSION = 1
 
 VectorDtype = Literal["float32", "float16", "int8"]
 
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+
 _VALUE_TYPES: dict[VectorDtype, pa.DataType] = {
     "float32": pa.float32(),
     "float16": pa.float16(),
@@ -75,12 +77,16 @@ FILES = pa.schema(
 )
 """The file lists of a manifest; ``path`` is relative to the table."""
 
-PLAN = pa.schema(
+UNITS = pa.schema(
     [
         pa.field("unit_key", pa.string(), nullable=False),
-        pa.field("spans", pa.string(), nullable=False),  # JSON, see corpus.units
+        pa.field("spans", pa.large_string(), nullable=False),  # JSON, see corpus.spans
+        *(field for field in FILES),
+        pa.field("rejects", pa.struct(list(FILES))),  # null: nothing was rejected
+        pa.field("counts", pa.string(), nullable=False),  # JSON, see pipelines.embed_stages
     ]
 )
+"""The plan of a generation with the output of every unit; the next night starts from it."""
 
 
 def vector_column_names(dims: Sequence[int]) -> list[str]:

@@ -9,6 +9,7 @@ they are never passed around.
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from qbatch.errors import ConfigError, ObjectExistsError, StorageError
 
 SCHEMES = ("file", "s3", "gs", "hf")
 """What a URI may start with; http stays out, so that no input reaches internal services."""
+
+_READ_AHEAD_BYTES = 8 * 2**20
+"""Less than s3fs's own 50 MiB: spans of an object are read by different processes."""
 
 _STORE_ERRORS = (OSError, BotoCoreError)
 
@@ -43,12 +47,20 @@ class ObjectInfo:
 class Storage:
     """One directory of an object store or a disk; cheap to make and to send to a process."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, single_writer: bool = False) -> None:
+        """Name a directory; nothing is opened yet.
+
+        Args:
+            uri: Local path, or a URI of one of SCHEMES.
+            single_writer: The operator promises that no other process creates objects here, which
+                makes ``create`` work on stores without conditional PUT.
+        """
+        self.single_writer = single_writer
         self.scheme, self.root = split_uri(uri)
         self.uri = f"{self.scheme}://{self.root}" if self.scheme != "file" else self.root
 
-    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
-        return Storage, (self.uri,)
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_backend"}  # has open connections
 
     @cached_property
     def _backend(self) -> "_Backend":
@@ -81,9 +93,19 @@ class Storage:
         """
         with _named_errors("create", self.object_uri(path)):
             try:
-                self._backend.create(self._absolute(path), data)
+                if self.single_writer:
+                    self._create_alone(path, data)
+                else:
+                    self._backend.create(self._absolute(path), data)
             except FileExistsError as error:
                 raise ObjectExistsError(f"{self.object_uri(path)} exists already") from error
+
+    def _create_alone(self, path: str, data: bytes) -> None:
+        # A LIST: some stores without conditional PUT answer a HEAD of nothing with broken HTTP.
+        directory, _, _ = path.rpartition("/")
+        if any(found.path == path for found in self.iter_objects(directory)):
+            raise FileExistsError(path)
+        self._backend.write(self._absolute(path), data)
 
     def open(self, path: str) -> BinaryIO:
         """Open an object for random-access reading; FileNotFoundError when absent."""
@@ -163,21 +185,13 @@ def object_info(uri: str) -> ObjectInfo:
     return storage.info(name)
 
 
-def probe(storage: Storage, *, single_writer: bool = False) -> None:
+def probe(storage: Storage) -> None:
     """Refuse a store that cannot be written, or that would let two writers overwrite each other.
-
-    Args:
-        storage: Where a job will publish.
-        single_writer: The operator promises that nothing else writes here; only writing is tried.
 
     Raises:
         StorageError: The store is unusable; the message says why and what to do.
     """
-    name = f".probe-{secrets.token_hex(8)}"
-    if single_writer:
-        storage.write(name, b"probe")
-        storage.delete(name)
-        return
+    name = f".probe/{secrets.token_hex(8)}"
     try:
         _probe_create_only(storage, name)
     finally:
@@ -207,6 +221,8 @@ def _named_errors(action: str, uri: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, FileExistsError):
         raise
+    except NotADirectoryError as error:
+        raise FileNotFoundError(uri) from error
     except _STORE_ERRORS as error:
         raise StorageError(
             f"cannot {action} {uri}: {type(error).__name__}: {error}. Check that the endpoint "
@@ -259,6 +275,8 @@ class _LocalBackend:
 
     def info(self, path: str) -> tuple[int, str]:
         status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError(f"{path} is not a file")
         return status.st_size, str(status.st_mtime_ns)
 
     def delete(self, path: str) -> None:
@@ -308,7 +326,7 @@ class _FsspecBackend:
         self._fs.pipe_file(path, data, mode="create")
 
     def open(self, path: str) -> BinaryIO:
-        return cast("BinaryIO", self._fs.open(path, "rb"))
+        return cast("BinaryIO", self._fs.open(path, "rb", block_size=_READ_AHEAD_BYTES))
 
     def info(self, path: str) -> tuple[int, str]:
         entry = self._fs.info(path)

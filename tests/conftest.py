@@ -68,3 +68,21 @@ def store_uri(request: pytest.FixtureRequest, tmp_path) -> str:
     if request.param == "disk":
         return str(tmp_path / "store")
     return request.getfixturevalue("s3_bucket") + "/store"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Directory of a random one-layer encoder that loads in a second."""
+    from tests.tiny_models import write_tiny_encoder  # noqa: PLC0415 - imports torch
+
+    return str(write_tiny_encoder(tmp_path_factory.mktemp("tiny-model")))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_endpoint: str) -> Iterator[None]:
+    """A local Ray for this session's in-process jobs; its workers can reach the S3 server."""
+    import ray  # noqa: PLC0415 - slow, and most tests need none
+
+    ray.init(address="local", num_cpus=2, num_gpus=0, object_store_memory=2**29)
+    yield
+    ray.shutdown()

@@ -86,15 +86,12 @@ def test_a_retry_that_meets_its_own_manifest_is_success(store_uri):
     assert latest_generation(Storage(store_uri)) == generation
 
 
-def test_single_writer_works_without_create_and_says_so(store_uri):
-    class PlainStorage(Storage):
-        def create(self, path, data):
-            raise AssertionError("conditional PUT on a store that has none")
-
-    publish(PlainStorage(store_uri), draft("data/a", single_writer=True), after=0)
-    assert latest_generation(Storage(store_uri)).single_writer
-    with pytest.raises(CommitRaceLostError, match="find the other writer"):
-        publish(PlainStorage(store_uri), draft("data/b", single_writer=True), after=0)
+def test_a_single_writer_is_on_record_and_still_does_not_replace(store_uri):
+    storage = Storage(store_uri, single_writer=True)
+    publish(storage, draft("data/a"), after=0)
+    assert latest_generation(storage).single_writer
+    with pytest.raises(CommitRaceLostError, match="published by another writer"):
+        publish(storage, draft("data/b"), after=0)
 
 
 def test_long_lists_move_to_parquet_with_their_hash(tmp_path):

@@ -59,6 +59,14 @@ def test_create_never_replaces(store_uri):
     assert storage.read("x") == b"first"
 
 
+def test_a_single_writer_does_not_replace_either(store_uri):
+    storage = Storage(store_uri, single_writer=True)
+    storage.create("x", b"first")
+    with pytest.raises(ObjectExistsError, match="exists already"):
+        storage.create("x", b"second")
+    assert storage.read("x") == b"first"
+
+
 def test_of_many_creators_one_wins(store_uri):
     def attempt(i: int) -> bool:
         try:
@@ -91,7 +99,11 @@ def test_half_written_local_files_are_not_listed(tmp_path):
 
 def test_storage_travels_between_processes(store_uri):
     Storage(store_uri).write("x", b"x")
-    assert pickle.loads(pickle.dumps(Storage(store_uri))).read("x") == b"x"
+    storage = Storage(store_uri, single_writer=True)
+    storage.read("x")
+    copy = pickle.loads(pickle.dumps(storage))
+    assert copy.read("x") == b"x"
+    assert copy.single_writer
 
 
 @pytest.mark.parametrize(
@@ -115,7 +127,7 @@ def test_redact_hides_the_password():
 
 def test_probe_accepts_a_safe_store_and_leaves_nothing(store_uri):
     probe(Storage(store_uri))
-    probe(Storage(store_uri), single_writer=True)
+    probe(Storage(store_uri, single_writer=True))
     assert list(Storage(store_uri).iter_objects()) == []
 
 
@@ -133,9 +145,11 @@ class _PlainStore(http.server.BaseHTTPRequestHandler):
     def do_PUT(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         refused = self.conditional == "refuse" and self.headers.get("If-None-Match")
-        self._answer(
-            501 if refused else 200, b"<Error><Code>NotImplemented</Code></Error>" * bool(refused)
-        )
+        error = b"<Error><Code>NotImplemented</Code></Error>"
+        self._answer(501 if refused else 200, error if refused else b"")
+
+    def do_GET(self):
+        self._answer(200, b"<ListBucketResult></ListBucketResult>")
 
     def do_DELETE(self):
         self._answer(204, b"")
@@ -151,21 +165,28 @@ class _PlainStore(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize(
-    ("conditional", "message"),
-    [("ignore", "ignores conditional PUT"), ("refuse", "refuses conditional PUT")],
-)
-def test_probe_refuses_a_store_without_conditional_put(monkeypatch, conditional, message):
-    handler = type("Handler", (_PlainStore,), {"conditional": conditional})
+@pytest.fixture
+def plain_store(request, monkeypatch):
+    """A loopback server of ``_PlainStore``; clients made meanwhile talk to it and are forgotten."""
+    handler = type("Handler", (_PlainStore,), {"conditional": request.param})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         s3fs.S3FileSystem.clear_instance_cache()
-        with pytest.raises(StorageError, match=message) as caught:
-            probe(Storage("s3://bucket/x"))
-        assert "--single-writer" in str(caught.value)
-        probe(Storage("s3://bucket/x"), single_writer=True)
+        yield "s3://bucket/x"
+        s3fs.S3FileSystem.clear_instance_cache()
         server.shutdown()
-    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    ("plain_store", "message"),
+    [("ignore", "ignores conditional PUT"), ("refuse", "refuses conditional PUT")],
+    indirect=["plain_store"],
+)
+def test_probe_refuses_a_store_without_conditional_put(plain_store, message):
+    with pytest.raises(StorageError, match=message) as caught:
+        probe(Storage(plain_store))
+    assert "--single-writer" in str(caught.value)
+    Storage(plain_store, single_writer=True).create("y", b"y")

@@ -1,0 +1,49 @@
+# One word per habit. `make` alone lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+ASSETS := $(PY) -m qbatch.quickstart.assets
+PYTEST := $(PY) -m pytest
+
+.PHONY: help venv assets quickstart test test-slow faults lint bench
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.installed ## install qbatch and its tested dependencies into .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "qbatch needs Python 3.11 or later, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..."; exit 2; }
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+assets: venv ## download the models and tokenizers that tests use
+	@$(ASSETS) minilm qwen3-tokenizer >/dev/null || echo "some assets are missing: their tests skip"
+
+quickstart: venv ## embed the bundled corpus with a small model and ask it questions
+	@model=$$($(ASSETS) minilm) && \
+	  $(PY) jobs/embed_corpus.py --config jobs/configs/quickstart.toml --model "$$model" && \
+	  $(PY) -m qbatch.quickstart.nearest --vectors quickstart-output/vectors --model "$$model"
+
+test: assets ## run the tests (minutes)
+	@$(PYTEST)
+
+test-slow: assets ## run the tests that take longer than a minute
+	@$(PYTEST) -m slow --timeout=1800
+
+faults: assets ## kill processes at random moments and check that nothing is lost
+	@$(PYTEST) tests/faults -m 'slow or not slow' --timeout=1800
+
+lint: venv ## check style and types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+bench: venv ## measure speed against other tools, side by side
+	@$(ASSETS) minilm qwen3-tokenizer debian-descriptions >/dev/null
+	@$(PY) -m tests.benchmarks

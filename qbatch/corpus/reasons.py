@@ -1,0 +1,24 @@
+"""Stable codes that say why a row or an object was not read; they appear in rejects and counts."""
+
+CORRUPT_FILE = "corrupt_file"
+EMPTY_FILE = "empty_file"
+MISSING_TEXT_COLUMN = "missing_text_column"
+TEXT_COLUMN_TYPE = "text_column_type"
+TRUNCATED_STREAM = "truncated_stream"
+
+BAD_CSV = "bad_csv"
+BAD_JSON = "bad_json"
+EMPTY_TEXT = "empty_text"
+INVALID_UTF8 = "invalid_utf8"
+LINE_TOO_LONG = "line_too_long"
+NOT_AN_OBJECT = "not_an_object"
+NULL_TEXT = "null_text"
+TEXT_TYPE = "text_type"
+
+FILE_REASONS = frozenset(
+    {CORRUPT_FILE, EMPTY_FILE, MISSING_TEXT_COLUMN, TEXT_COLUMN_TYPE, TRUNCATED_STREAM}
+)
+"""Reasons that concern an object as a whole; their rejects have no row and count no row."""
+
+DROPPED_REASONS = frozenset({EMPTY_TEXT})
+"""Reasons that follow a rule and are not faults: such rows never fail a job."""

@@ -1,0 +1,164 @@
+"""A loaded model and the fastest way through it that keeps the model's own numbers."""
+
+import logging
+from typing import cast
+
+import numpy as np
+import torch
+from torch.nn.functional import cosine_similarity
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from qbatch.errors import ConfigError
+from qbatch.models.attention import (
+    PACKED_ATTENTION,
+    PackLayout,
+    UnsupportedAttentionError,
+    register_packed_attention,
+)
+from qbatch.models.loading import ModelSpec, Pooling, position_offset
+
+logger = logging.getLogger(__name__)
+
+_CHECK_LENGTHS = np.array([9, 5, 5, 2, 1])
+_MIN_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.98, torch.float16: 0.99}
+"""Packed against padded at start-up; a text that sees its neighbour falls far below."""
+
+
+class Backbone:
+    """Turns packs of token ids into pooled hidden states.
+
+    Runs packed if the model's attention allows it and its own padded computation agrees, else
+    padded, with one warning.
+    """
+
+    def __init__(self, model: PreTrainedModel, pooling: Pooling) -> None:
+        """Take over a loaded model; a few short texts go through it."""
+        self._model = model
+        self._pooling = pooling
+        self._position_offset = position_offset(model.config.to_dict())
+        self.is_packed = self._switch_to_packed()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self._model.device
+
+    def pool(self, ids: torch.Tensor, positions: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
+        """Return one hidden state per text: float32, shape (texts, hidden_dim), not normalised.
+
+        Args:
+            ids: Integers, the texts one after the other, shape (sum of ``lengths``,).
+            positions: Of each token in its text, from 0, same shape.
+            lengths: Tokens of each text; neighbours of equal length are computed together.
+        """
+        layout = PackLayout.from_lengths(lengths, self.device)
+        if self.is_packed:
+            hidden = self._packed_states(ids, positions, layout)
+        else:
+            hidden = self._padded_states(ids, lengths)
+        return _POOL[self._pooling](hidden, layout)
+
+    def num_computed(self, lengths: np.ndarray) -> int:
+        """Return how many tokens ``pool`` computes for these lengths, padding included."""
+        return int(lengths.sum() if self.is_packed else lengths.max() * len(lengths))
+
+    def _packed_states(
+        self, ids: torch.Tensor, positions: torch.Tensor, layout: PackLayout
+    ) -> torch.Tensor:
+        position_ids = positions[None] + self._position_offset
+        output = self._model(input_ids=ids[None], position_ids=position_ids, pack=layout)
+        return cast("torch.Tensor", output.last_hidden_state[0])
+
+    def _padded_states(self, ids: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
+        """Return the states of the real tokens, as the packed way would."""
+        texts = list(torch.split(ids, lengths.tolist()))
+        pad_id = self._model.config.pad_token_id or 0
+        input_ids = pad_sequence(texts, batch_first=True, padding_value=pad_id)
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        attention_mask = torch.from_numpy(mask).to(self.device)
+        output = self._model(input_ids=input_ids, attention_mask=attention_mask)
+        return cast("torch.Tensor", output.last_hidden_state[attention_mask])
+
+    def _switch_to_packed(self) -> bool:
+        model = self._model
+        if not model._supports_attention_backend:
+            return False
+        default = model.config._attn_implementation
+        register_packed_attention()
+        try:
+            cosine = self._cosine_to_packed()
+            if cosine >= _MIN_COSINE[model.dtype]:
+                return True
+            reason = f"its hidden states differ, cosine {cosine:.5f}"
+        except (UnsupportedAttentionError, TypeError) as e:  # TypeError: the layout is not let in
+            reason = str(e)
+        model.set_attn_implementation(default)
+        name = type(model).__name__
+        logger.warning("%s runs padded, which is slower than packed: %s", name, reason)
+        return False
+
+    @torch.inference_mode()
+    def _cosine_to_packed(self) -> float:
+        """Return the worst agreement of a few texts; the model is left in packed attention."""
+        lengths = _CHECK_LENGTHS
+        layout = PackLayout.from_lengths(lengths, self.device)
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
+        # The upper half of a vocabulary is ordinary tokens; below lie padding and its like.
+        vocab_size = self._model.config.vocab_size
+        ids = (vocab_size - 1 - torch.arange(len(positions)) % (vocab_size // 2)).to(self.device)
+        padded = self._padded_states(ids, lengths)
+        self._model.set_attn_implementation(PACKED_ATTENTION)
+        packed = self._packed_states(ids, positions, layout)
+        return float(cosine_similarity(packed.float(), padded.float()).min())
+
+
+def load_backbone(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Backbone:
+    """Load weights in ``dtype`` onto ``device``; a language-model head is left out.
+
+    Raises:
+        ConfigError: The model has a decoder of its own, or its weights are incomplete.
+    """
+    config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"Unsupported architecture: {spec.architecture!r} in {spec.path}; allowed are encoders "
+            "and decoders alone. Choose such a model."
+        )
+    config.use_cache = False
+    model, info = AutoModel.from_pretrained(
+        spec.path,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise ConfigError(
+            f"Weights are missing in {spec.path}: {missing[:5]} and so on, {len(missing)} in all; "
+            f"{spec.architecture!r} needs them. Copy the model again."
+        )
+    return Backbone(model.eval().to(device), spec.pooling)
+
+
+def _pool_last(hidden: torch.Tensor, layout: PackLayout) -> torch.Tensor:
+    return hidden[layout.cu_lengths[1:] - 1].float()
+
+
+def _pool_cls(hidden: torch.Tensor, layout: PackLayout) -> torch.Tensor:
+    return hidden[layout.cu_lengths[:-1]].float()
+
+
+def _pool_mean(hidden: torch.Tensor, layout: PackLayout) -> torch.Tensor:
+    runs = torch.split(hidden, [length * count for length, count in layout.runs])
+    means = [
+        run.view(count, length, -1).mean(1, dtype=torch.float32)
+        for run, (length, count) in zip(runs, layout.runs, strict=True)
+    ]
+    return torch.cat(means)
+
+
+_POOL = {"last": _pool_last, "cls": _pool_cls, "mean": _pool_mean}

@@ -1,0 +1,233 @@
+"""Token ids to vectors: only real tokens are computed, and each distinct text once."""
+
+import logging
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from qbatch.errors import ConfigError
+from qbatch.models.backbone import Backbone, load_backbone
+from qbatch.models.loading import ModelSpec, load_spec
+from qbatch.models.packing import distinct_texts, gather_tokens, plan_packs
+
+logger = logging.getLogger(__name__)
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+_GPU_TOKEN_BUDGET = 32_768
+_CPU_TOKEN_BUDGET = {torch.float32: 1_024, torch.bfloat16: 2_048, torch.float16: 2_048}
+"""Activations of a pack should stay in the last-level cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedderConfig:
+    """What an embedding process needs to build its model; it travels, the model does not."""
+
+    model_path: Path
+    """What ``resolve_model`` returned."""
+    dtype: Literal["auto"] | DtypeName = "auto"
+    """Of weights and activations; ``auto`` is bfloat16 where the processor computes in it."""
+    dim: int | None = None
+    """Leading components kept (Matryoshka) before normalising; None means all."""
+    token_budget: int | None = None
+    """Tokens in one forward pass; None means 32,768 on a GPU, 2,048 on a CPU and there 1,024 in
+    float32."""
+    device: str | None = None
+    """A torch device; None means the GPU if there is one."""
+    num_threads: int | None = None
+    """CPU threads of torch in this process; None leaves torch's setting."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "token_budget", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(
+                    f"{name} is out of range: {value}; allowed is 1 or more. Raise it, or leave it "
+                    "out for the default."
+                )
+
+    def build(self) -> "Embedder":
+        """Load the model onto its device and check packed against padded computation.
+
+        Raises:
+            ConfigError: The directory is unusable, or ``dim`` exceeds the model's.
+        """
+        spec = load_spec(self.model_path)
+        dim = self.dim or spec.hidden_dim
+        if dim > spec.hidden_dim:
+            raise ConfigError(
+                f"dim is out of range: {dim}; the model in {spec.path} gives 1 to "
+                f"{spec.hidden_dim}. Lower dim."
+            )
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
+        device = resolve_device(self.device)
+        dtype = getattr(torch, resolve_dtype(self.dtype, device))
+        backbone = load_backbone(spec, dtype, device)
+        default = _GPU_TOKEN_BUDGET if device.type == "cuda" else _CPU_TOKEN_BUDGET[dtype]
+        return Embedder(backbone, spec, dim=dim, token_budget=self.token_budget or default)
+
+
+@dataclass(kw_only=True, slots=True)
+class EmbedStats:
+    """What an embedder has done so far."""
+
+    num_texts: int = 0
+    num_distinct: int = 0
+    num_packs: int = 0
+    num_tokens: int = 0
+    """Tokens of the distinct texts."""
+    num_computed: int = 0
+    """Tokens that went through the model: ``num_tokens`` and padding."""
+    embed_s: float = 0.0
+    """Seconds inside ``embed``."""
+
+
+class Embedder:
+    """Embeds texts given as token ids, in any order and number."""
+
+    def __init__(self, backbone: Backbone, spec: ModelSpec, *, dim: int, token_budget: int) -> None:
+        """Wire up the parts; ``EmbedderConfig.build`` is the way to get one."""
+        self.spec = spec
+        self.dim = dim
+        self.stats = EmbedStats()
+        self._backbone = backbone
+        self._token_budget = token_budget
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens in one forward pass, at most; it falls when memory runs out."""
+        return self._token_budget
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether texts run without padding."""
+        return self._backbone.is_packed
+
+    @torch.inference_mode()
+    def embed(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return one vector per text, in the order given: float32, shape (texts, dim).
+
+        Rows have unit length if ``spec.normalize``. A row is non-finite where the model overflows;
+        to reject it is left to the caller.
+
+        Args:
+            ids: int32, the texts one after the other, as ``TextTokenizer.encode`` gives them.
+            lengths: int32, tokens of each text, 1 to ``spec.max_tokens``.
+
+        Raises:
+            ValueError: ``ids`` and ``lengths`` do not fit each other or the model.
+            torch.OutOfMemoryError: Not even a single text fits.
+        """
+        _check_tokens(ids, lengths, self.spec)
+        if len(lengths) == 0:
+            return np.empty((0, self.dim), np.float32)
+        started = time.perf_counter()
+        first, inverse = distinct_texts(ids, lengths)
+        packs = plan_packs(lengths[first], self._token_budget)
+        order = np.concatenate(packs)
+        texts = _SortedTexts.gather(ids, lengths, first[order], self._backbone.device)
+        bounds = np.cumsum([0, *map(len, packs)]).tolist()
+        vectors = torch.cat([self._embed_range(texts, *pair) for pair in pairwise(bounds)])
+        matrix: np.ndarray = vectors.cpu().numpy()[np.argsort(order)[inverse]]
+        self.stats.num_texts += len(lengths)
+        self.stats.num_distinct += len(first)
+        self.stats.embed_s += time.perf_counter() - started
+        return matrix
+
+    def _embed_range(self, texts: "_SortedTexts", first: int, stop: int) -> torch.Tensor:
+        """Embed the texts ``first`` to ``stop``, in halves if they do not fit into memory."""
+        try:
+            return self._embed_pack(texts, first, stop)
+        except torch.OutOfMemoryError:
+            if stop - first == 1:
+                raise
+        # Outside the except clause: the error holds on to the tensors of the failed pass.
+        num_tokens = int(texts.lengths[first:stop].sum())
+        self._token_budget = min(self._token_budget, max(1, num_tokens // 2))
+        logger.warning(
+            "A pack of %d tokens did not fit into memory; it is halved, and packs of later calls "
+            "have at most %d",
+            num_tokens,
+            self._token_budget,
+        )
+        middle = (first + stop) // 2
+        halves = ((first, middle), (middle, stop))
+        return torch.cat([self._embed_range(texts, *half) for half in halves])
+
+    def _embed_pack(self, texts: "_SortedTexts", first: int, stop: int) -> torch.Tensor:
+        lengths = texts.lengths[first:stop]
+        tokens = slice(texts.starts[first], texts.starts[first] + lengths.sum())
+        pooled = self._backbone.pool(texts.ids[tokens], texts.positions[tokens], lengths)
+        self.stats.num_packs += 1
+        self.stats.num_tokens += int(lengths.sum())
+        self.stats.num_computed += self._backbone.num_computed(lengths)
+        pooled = pooled[:, : self.dim]
+        return normalize(pooled, dim=-1) if self.spec.normalize else pooled
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SortedTexts:
+    """The distinct texts of one call, in pack order, on the device."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    lengths: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def gather(
+        cls, ids: np.ndarray, lengths: np.ndarray, order: np.ndarray, device: torch.device
+    ) -> "_SortedTexts":
+        """Upload once; packs are then views, and no pack waits for the one before it."""
+        tokens, positions = gather_tokens(ids, lengths, order)
+        lengths = lengths[order].astype(np.int64)
+        return cls(
+            ids=torch.from_numpy(tokens.astype(np.int64)).to(device),
+            positions=torch.from_numpy(positions).to(device),
+            lengths=lengths,
+            starts=np.cumsum(lengths) - lengths,
+        )
+
+
+def resolve_device(device: str | None = None) -> torch.device:
+    """Return the named device, or the GPU if there is one, or the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def resolve_dtype(dtype: Literal["auto"] | DtypeName, device: torch.device) -> DtypeName:
+    """Return ``dtype``, with ``auto`` as bfloat16 where the device computes in it, else float32.
+
+    Never float16 by itself: released Qwen3-Embedding weights can overflow in it.
+    """
+    if dtype != "auto":
+        return dtype
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        features = torch.cpu.get_capabilities()
+        native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if native else "float32"
+
+
+def _check_tokens(ids: np.ndarray, lengths: np.ndarray, spec: ModelSpec) -> None:
+    if lengths.sum() != len(ids):
+        raise ValueError(f"{len(ids)} ids were given for lengths that add up to {lengths.sum()}")
+    if len(lengths) == 0:
+        return
+    if not 1 <= lengths.min() <= lengths.max() <= spec.max_tokens:
+        raise ValueError(
+            f"texts have {lengths.min()} to {lengths.max()} tokens; the model takes 1 to "
+            f"{spec.max_tokens}; set max_tokens of the tokenizer"
+        )
+    if not 0 <= ids.min() <= ids.max() < spec.vocab_rows:
+        raise ValueError(
+            f"token ids go from {ids.min()} to {ids.max()}; the model has {spec.vocab_rows} rows; "
+            "use the tokenizer that came with it"
+        )

@@ -1,0 +1,254 @@
+"""Where a model lies and what its files say: pure reading, no weights, no code from the model."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from qbatch.errors import ConfigError
+
+Pooling = Literal["last", "mean", "cls"]
+
+PINNED_REVISIONS = {
+    "Qwen/Qwen3-Embedding-0.6B": "b22da495047858cce924d27d76261e96be6febc0",
+    "Qwen/Qwen3-Embedding-4B": "636cd9bf47d976946cdbb2b0c3ca0cb2f8eea5ff",
+    "Qwen/Qwen3-Embedding-8B": "4e423935c619ae4df87b646a3ce949610c66241c",
+    "Qwen/Qwen3-Reranker-0.6B": "6e9e69830b95c52b5fd889b7690dda3329508de3",
+    "Qwen/Qwen3-Reranker-4B": "f16fc5d5d2b9b1d0db8280929242745d79794ef5",
+    "Qwen/Qwen3-Reranker-8B": "5fa94080caafeaa45a15d11f969d7978e087a3db",
+}
+"""The revisions mteb measured; used when the user names none."""
+
+_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model"]
+_POOLINGS: dict[str, Pooling] = {"lasttoken": "last", "mean": "mean", "cls": "cls"}
+_LEGACY_POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """What a model directory says about turning texts into vectors."""
+
+    path: Path
+    """Directory of config.json, weights and tokenizer."""
+    architecture: str
+    """``model_type`` of config.json, such as ``qwen3`` or ``bert``."""
+    hidden_dim: int
+    """Length of a full vector."""
+    max_tokens: int
+    """Longest text the model takes, special tokens included."""
+    vocab_rows: int
+    """Rows of the embedding table; no token id may reach it."""
+    pooling: Pooling
+    normalize: bool
+    """Vectors are made unit length; False only for models meant for the raw inner product."""
+    prompts: Mapping[str, str]
+    """Prompt strings by name, as stored beside the model."""
+    tokenizer_sha256: str
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """Return the local directory of a model, downloading a hub model once.
+
+    Args:
+        model: A directory, or a hub id such as ``Qwen/Qwen3-Embedding-0.6B``.
+        revision: Commit of a hub id; None means the pinned one of a known model.
+
+    Raises:
+        ConfigError: Neither a directory nor a hub model that can be had, or an unpinned hub id.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    revision = revision or PINNED_REVISIONS.get(model)
+    if revision is None:
+        raise ConfigError(
+            f"No model directory and no pinned hub model: {model!r}. Allowed: a local directory, "
+            f"one of {sorted(PINNED_REVISIONS)}, or any other hub id with its commit as revision."
+        )
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str) -> Path:
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as e:
+        raise ConfigError(
+            f"The model hub did not deliver {model!r} at revision {revision!r}: {e}. Check the "
+            "name, the revision and HF_TOKEN, or give a local directory."
+        ) from e
+
+
+def load_spec(path: Path) -> ModelSpec:
+    """Read a sentence-transformers style directory, or a bare Qwen3-Embedding checkpoint.
+
+    Raises:
+        ConfigError: A needed file is missing, the model wants its own code or has only pickled
+            weights, or it asks for a step we do not have.
+    """
+    modules = _modules(path)
+    root = path / modules["Transformer"] if modules else path
+    config = _read_json(root / "config.json")
+    tokenizer_config = _read_json(root / "tokenizer_config.json", default={})
+    _refuse_remote_code(root, config, tokenizer_config)
+    _weight_files(root)
+    sentence = _read_json(path / "config_sentence_transformers.json", default={})
+    return ModelSpec(
+        path=root,
+        architecture=config["model_type"],
+        hidden_dim=config["hidden_size"],
+        max_tokens=_max_tokens(root, config, tokenizer_config),
+        vocab_rows=config["vocab_size"],
+        pooling=_pooling(path, modules, config),
+        normalize=_is_normalized(modules, sentence),
+        prompts=_prompts(sentence),
+        tokenizer_sha256=_tokenizer_sha256(root),
+    )
+
+
+def weights_sha256(path: Path) -> str:
+    """Return one hash over the names and bytes of all safetensors files in ``ModelSpec.path``."""
+    digest = hashlib.sha256()
+    for file in _weight_files(path):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name}:".encode())
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _weight_files(root: Path) -> list[Path]:
+    files = sorted(root.glob("*.safetensors"))
+    if not files:
+        others = sorted(f.name for f in root.glob("*.bin"))
+        raise ConfigError(
+            f"No safetensors weights in {root}; it holds {others or 'no weights at all'}. Only "
+            "safetensors is allowed, because pickled weights can run code. Convert them once with "
+            "save_pretrained in a sandbox you trust."
+        )
+    return files
+
+
+def _read_json(file: Path, default: object = None) -> Any:  # noqa: ANN401 - any JSON value
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if default is not None:
+            return default
+        raise ConfigError(
+            f"A model file is missing: {file}. A model directory needs it; copy the whole model, "
+            "or check the path."
+        ) from None
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"A model file is not JSON: {file} ({e}). Copy the model again.") from e
+
+
+def _refuse_remote_code(root: Path, *configs: dict[str, Any]) -> None:
+    for config in configs:
+        if "auto_map" in config:
+            raise ConfigError(
+                f"The model at {root} wants to run its own code: auto_map {config['auto_map']}. "
+                "Only architectures built into transformers are allowed; choose such a model."
+            )
+
+
+def _modules(path: Path) -> dict[str, str]:
+    """Return the folder of each sentence-transformers module by class name; {} without the file."""
+    entries = _read_json(path / "modules.json", default=[])
+    names = [entry["type"].rpartition(".")[2] for entry in entries]
+    ours = all(entry["type"].startswith("sentence_transformers.") for entry in entries)
+    allowed = ["Transformer", "Pooling", "Normalize"]
+    if not ours or (names and names not in (allowed[:2], allowed)):
+        raise ConfigError(
+            f"Unsupported modules in {path / 'modules.json'}: {[e['type'] for e in entries]}. "
+            "Allowed: sentence_transformers' Transformer, Pooling and optionally Normalize, in "
+            "this order. Choose a model without further modules."
+        )
+    return {name: entry["path"] for name, entry in zip(names, entries, strict=True)}
+
+
+def _pooling(path: Path, modules: Mapping[str, str], config: dict[str, Any]) -> Pooling:
+    if not modules:
+        if config["model_type"] == "qwen3":
+            return "last"
+        raise ConfigError(
+            f"No modules.json in {path}, so the pooling of this {config['model_type']!r} model is "
+            "unknown; only a qwen3 model may lack it. Use a sentence-transformers directory."
+        )
+    file = path / modules["Pooling"] / "config.json"
+    pooling = _read_json(file)
+    modes = _pooling_modes(pooling)
+    if len(modes) != 1 or modes[0] not in _POOLINGS or not pooling.get("include_prompt", True):
+        raise ConfigError(
+            f"Unsupported pooling in {file}: {pooling}. Allowed: exactly one of "
+            f"{sorted(_POOLINGS)}, over the prompt too. Choose a model with such a pooling."
+        )
+    return _POOLINGS[modes[0]]
+
+
+def _pooling_modes(pooling: dict[str, Any]) -> Sequence[str]:
+    mode = pooling.get("pooling_mode")
+    if mode is None:
+        return [name for key, name in _LEGACY_POOLINGS.items() if pooling.get(key)] or ["mean"]
+    return [mode] if isinstance(mode, str) else cast("list[str]", mode)
+
+
+def _is_normalized(modules: Mapping[str, str], sentence: dict[str, Any]) -> bool:
+    similarity = sentence.get("similarity_fn_name") or "cosine"
+    if similarity not in {"cosine", "dot"}:
+        raise ConfigError(
+            f"Unsupported similarity: {similarity!r}; allowed are cosine and dot, because search "
+            "ranks by inner product. Choose a model made for one of them."
+        )
+    return similarity == "cosine" or "Normalize" in modules
+
+
+def _prompts(sentence: dict[str, Any]) -> dict[str, str]:
+    """Return the stored prompts; a default prompt is what documents get."""
+    prompts = dict(sentence.get("prompts") or {})
+    default = sentence.get("default_prompt_name")
+    if default is not None:
+        prompts.setdefault("document", prompts[default])
+    return prompts
+
+
+def _max_tokens(root: Path, config: dict[str, Any], tokenizer_config: dict[str, Any]) -> int:
+    file = next(root.glob("sentence_*_config.json"), None)  # sentence_bert_, sentence_roberta_ ...
+    sentence = _read_json(file) if file else {}
+    if sentence.get("do_lower_case"):
+        raise ConfigError(
+            f"Unsupported do_lower_case in {file}: true; allowed is false. Let the tokenizer's own "
+            "normalizer lower the case."
+        )
+    limits = [
+        sentence.get("max_seq_length"),
+        tokenizer_config.get("model_max_length"),
+        config["max_position_embeddings"] - position_offset(config),
+    ]
+    return int(min(limit for limit in limits if limit is not None))
+
+
+def position_offset(config: Mapping[str, Any]) -> int:
+    """Return the position of a text's first token: RoBERTa counts from the pad id plus one."""
+    if config["model_type"] in {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"}:
+        return int(config["pad_token_id"]) + 1
+    return 0
+
+
+def _tokenizer_sha256(root: Path) -> str:
+    file = root / "tokenizer.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"A model file is missing: {file}. Only fast tokenizers are allowed; write the file "
+            "once with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,135 @@
+"""The Ray cluster a job runs on: joining or starting it, and sizing the actor pool to it."""
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.data import DataContext
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import ActorDiedError, RayError, WorkerCrashedError
+from ray.util.annotations import RayDeprecationWarning
+
+from qbatch import errors
+from qbatch.errors import ConfigError, QbatchError, StalledError
+
+log = logging.getLogger(__name__)
+
+_CPUS_PER_CPU_ACTOR = 8
+"""Without GPUs: beyond this many threads a forward pass of short texts gains little."""
+
+MAX_RETRIES = 5
+"""How often work is tried again whose process died; without a bound Ray retries for ever."""
+
+
+_RAISED = re.compile(r"^qbatch\.errors\.(\w+): (.+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolPlan:
+    """How many actors a stage may have and what each of them holds."""
+
+    min_actors: int
+    max_actors: int
+    gpus_per_actor: float
+    cpus_per_actor: float
+    """What Ray books. On CPU-only machines less than is used, so that reading is never starved."""
+    threads_per_actor: int
+
+
+@contextmanager
+def ray_session(*, stall_timeout_s: float) -> Iterator[None]:
+    """Join the cluster named by RAY_ADDRESS or already joined, or run a local one for this job.
+
+    Errors that a stage raised on purpose come out as themselves, whichever process raised them.
+
+    Raises:
+        StalledError: Nothing moved for ``stall_timeout_s``.
+    """
+    owned = not ray.is_initialized()
+    if owned:
+        ray.init(logging_level=logging.WARNING, include_dashboard=None)
+    # Ray means to drop free-form remote arguments in 2.64; pyproject.toml stays below that.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # jobs report units and tokens, which Ray cannot know
+    context.execution_no_progress_timeout_s = stall_timeout_s
+    try:
+        yield
+    except (RayError, ExecutionTimeoutError) as error:
+        own = _own_error(error, stall_timeout_s)
+        if own is None:
+            raise
+        raise own from error
+    finally:
+        if owned:
+            ray.shutdown()
+
+
+def _own_error(error: BaseException, stall_timeout_s: float) -> QbatchError | None:
+    """Find the error of ours, or the one a user understands, behind Ray's wrapping."""
+    if isinstance(error, QbatchError):
+        return error
+    if isinstance(error, ExecutionTimeoutError):
+        return StalledError(
+            f"no unit moved for {stall_timeout_s:g} s (--stall-timeout-s): {error}. Finished units "
+            "are kept; run the job again to go on"
+        )
+    if isinstance(error, ActorDiedError | WorkerCrashedError):
+        return QbatchError(
+            f"a process died {MAX_RETRIES + 1} times over the same work, out of memory or over a "
+            f"poisonous row: {error}. Finished units are kept; give actors more memory or a "
+            "smaller --token-budget, then run the job again to go on"
+        )
+    # Ray keeps the error of a stage as text only.
+    found = _RAISED.findall(str(error))
+    if not found:
+        return None
+    name, message = found[-1]
+    own: QbatchError = getattr(errors, name)(message)
+    return own
+
+
+def cluster_resources() -> dict[str, float]:
+    """Return what the joined cluster has in all: CPU, GPU, memory ..."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's
+    return resources
+
+
+def plan_pool(
+    min_actors: int | None, max_actors: int | None, gpus_per_actor: float | None
+) -> PoolPlan:
+    """Size the actor pool: what the operator asked for, else all GPUs, else all CPUs.
+
+    Raises:
+        ConfigError: The cluster has fewer GPUs than the smallest pool needs.
+    """
+    resources = cluster_resources()
+    num_gpus, num_cpus = resources.get("GPU", 0.0), int(resources.get("CPU", 1))
+    if gpus_per_actor is None:
+        gpus_per_actor = 1.0 if num_gpus else 0.0
+    if gpus_per_actor > 0:
+        available = int(num_gpus / gpus_per_actor)
+        threads = max(1, int(num_cpus / max(1.0, num_gpus)) - 1)
+    else:
+        available = max_actors or max(1, num_cpus // _CPUS_PER_CPU_ACTOR)
+        threads = max(1, num_cpus // available)
+    most = max_actors or max(min_actors or 1, available)
+    fewest = min_actors or 1
+    if fewest * gpus_per_actor > num_gpus:
+        raise ConfigError(
+            f"{fewest} actors of {gpus_per_actor:g} GPUs need more than the {num_gpus:g} GPUs of "
+            "this cluster; lower --min-actors or --gpus-per-actor, or add nodes"
+        )
+    booked = 1.0 if gpus_per_actor else max(0.5, min(threads, num_cpus / available - 1))
+    return PoolPlan(
+        min_actors=fewest,
+        max_actors=most,
+        gpus_per_actor=gpus_per_actor,
+        cpus_per_actor=booked,
+        threads_per_actor=threads,
+    )

@@ -1,0 +1,384 @@
+"""The embed job: a corpus becomes a published vectors table.
+
+plan units -> drop those whose file exists -> read, embed and write the rest -> check that every row
+is accounted for -> publish. Killed anywhere, it goes on where it stopped.
+"""
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy
+
+from qbatch.cli import IntList, StrList
+from qbatch.corpus.config import CorpusConfig, Format
+from qbatch.corpus.listing import resolve_config
+from qbatch.corpus.reasons import DROPPED_REASONS, FILE_REASONS
+from qbatch.corpus.units import plan_units
+from qbatch.errors import BadInputError, ConfigError, IntegrityError
+from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish
+from qbatch.models.embedder import resolve_device, resolve_dtype
+from qbatch.models.loading import ModelSpec, load_spec, resolve_model, weights_sha256
+from qbatch.models.prompts import document_prompt, query_prompt
+from qbatch.pipelines.cluster import (
+    MAX_RETRIES,
+    PoolPlan,
+    cluster_resources,
+    plan_pool,
+    ray_session,
+)
+from qbatch.pipelines.embed_calibration import with_calibration
+from qbatch.pipelines.embed_estimate import Prices, estimate
+from qbatch.pipelines.embed_forward import EmbedActor
+from qbatch.pipelines.embed_read import read_and_tokenize
+from qbatch.pipelines.embed_resume import Plan, finished_units, write_units
+from qbatch.pipelines.embed_task import EmbedTask
+from qbatch.pipelines.embed_write import write_unit
+from qbatch.pipelines.unit_files import OUTPUTS
+from qbatch.report.progress import EmbedProgress
+from qbatch.schema import FILES, SCHEMA_VERSION, ComputeDtype, VectorDtype
+from qbatch.storage import Storage, probe
+
+log = logging.getLogger(__name__)
+
+_MAX_BLOCK_UNITS = 100
+"""Ray spends 45 ms on a block of one unit and 1 ms a unit on blocks of a hundred."""
+
+_BLOCKS_PER_CPU = 8
+"""Fewer would leave processors idle at the end, when the last blocks run alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedCorpusConfig:
+    """Embed a corpus into a published vectors table."""
+
+    input: str
+    """Directory, object, glob, or hf://datasets/ORG/NAME to read."""
+    output: str
+    """Directory of the vectors table."""
+    model: str
+    """Model directory or hub id, such as Qwen/Qwen3-Embedding-0.6B."""
+    revision: str | None = None
+    """Commit of a hub id; None is the pinned one of a known model."""
+    format: Format = "auto"
+    """How to read the input; auto goes by names."""
+    id_column: str = "doc_id"
+    """Column of the user's document id."""
+    text_column: str = "text"
+    """Column of the text."""
+    title_column: str | None = None
+    """Column of a title that goes before every passage; None for none."""
+    keep_columns: StrList = ()
+    """Columns copied to the output."""
+    hf_split: str = "train"
+    """Split of a Hugging Face dataset."""
+    instruction: str | None = None
+    """Embed the texts as queries for this task; None embeds them as documents."""
+    max_tokens: int | None = None
+    """Longest passage, special tokens and prompt included; None is the model's own limit."""
+    overlap_tokens: int = 0
+    """Tokens repeated between neighbouring passages of a long document."""
+    token_budget: int | None = None
+    """Tokens in one forward pass; None suits the device."""
+    dtype: Literal["auto"] | ComputeDtype = "auto"
+    """Compute dtype; auto is bfloat16 where the processor has it, else float32."""
+    dims: IntList = ()
+    """Widths to write (Matryoshka), the first as "vector"; empty is the model's own width."""
+    vector_dtype: VectorDtype = "float32"
+    """Stored dtype; int8 is calibrated once on a sample."""
+    min_actors: int | None = None
+    """Smallest pool; None is 1."""
+    max_actors: int | None = None
+    """Largest pool; None is what the cluster has GPUs or processors for."""
+    gpus_per_actor: float | None = None
+    """None is 1 on a cluster with GPUs, else 0."""
+    on_bad_row: Literal["quarantine", "fail", "skip"] = "quarantine"
+    """Write bad rows to the rejects table, stop at the first, or only count them."""
+    max_bad_fraction: float = 0.001
+    """Share of bad rows above which nothing is published."""
+    max_bad_files: int = 0
+    """Number of unreadable objects above which nothing is published."""
+    unit_bytes: int = 16 * 2**20
+    """Aimed size of a unit of work in bytes of input."""
+    stall_timeout_s: float = 1800.0
+    """Seconds without any progress after which the job ends with code 6."""
+    gpu_hourly_price: float | None = None
+    """Price of one GPU, or of one CPU machine without GPUs, for an hour; for --dry-run."""
+    tokens_per_s: float | None = None
+    """Speed of one actor for --dry-run; None measures it on this machine."""
+    single_writer: bool = False
+    """I am the only writer here: allow a store without conditional PUT."""
+    dry_run: bool = False
+    """Print plan, token histogram, time and cost; start nothing."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"max_bad_fraction is {self.max_bad_fraction}; give 0 to 1")
+        if self.max_bad_files < 0:
+            raise ConfigError(f"max_bad_files is {self.max_bad_files}; give 0 or more")
+        if self.stall_timeout_s <= 0:
+            raise ConfigError(f"stall_timeout_s is {self.stall_timeout_s}; give seconds above 0")
+        if any(dim < 1 for dim in self.dims) or len(set(self.dims)) < len(self.dims):
+            raise ConfigError(f"dims are {self.dims}; give different positive widths")
+        self.corpus()
+
+    def corpus(self) -> CorpusConfig:
+        """Return the part of the settings that says what to read and how."""
+        return CorpusConfig(
+            input=self.input,
+            format=self.format,
+            id_column=self.id_column,
+            text_column=self.text_column,
+            title_column=self.title_column,
+            keep_columns=self.keep_columns,
+            unit_bytes=self.unit_bytes,
+            on_bad_row=self.on_bad_row,
+            hf_split=self.hf_split,
+        )
+
+
+def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
+    """Run the job and return its summary.
+
+    Raises:
+        QbatchError: Each subclass ends the job with its own exit code; see qbatch.errors.
+    """
+    started = time.perf_counter()
+    spec = load_spec(resolve_model(config.model, config.revision))
+    if config.dry_run:
+        return _estimate(config, spec)
+    storage = Storage(config.output, single_writer=config.single_writer)
+    probe(storage)
+    current = latest_generation(storage)
+    with ray_session(stall_timeout_s=config.stall_timeout_s):
+        pool = plan_pool(config.min_actors, config.max_actors, config.gpus_per_actor)
+        task = make_task(config, spec, _compute_dtype(config, pool))
+        task = replace(task, corpus=resolve_config(task.corpus))
+        fingerprint = embedding_fingerprint(task, spec)
+        if config.vector_dtype == "int8":
+            task = with_calibration(task, storage, fingerprint, pool)
+            fingerprint["scales"] = list(task.scales)
+        task = replace(task, fingerprint=fingerprint_id(fingerprint))
+        plan = Plan(plan_units(task.corpus), task.unit_fingerprint)
+        done = finished_units(storage, plan, current)
+        log.info("%d units planned, %d of them finished already", len(plan), len(done))
+        progress = EmbedProgress(len(plan) - len(done))
+        made = list(_make_units(plan, done, task, pool, progress))
+    outputs = pa.concat_tables([done, pa.Table.from_pylist(made, schema=OUTPUTS)])
+    counts = total_counts(outputs)
+    check_bad_input(counts, config)
+    draft = Generation(
+        kind="vectors",
+        fingerprint=fingerprint,
+        config=asdict(config),
+        counts=counts,
+        files=_listed(outputs),
+        rejects=_listed_rejects(outputs),
+        plan=write_units(storage, plan, outputs),
+    )
+    published = _publish_change(storage, draft, current)
+    summary = {
+        "generation": published.number,
+        "rows_in": counts["rows_in"],
+        "passages": counts["passages"],
+        "rejected": counts["rejected"],
+        "units_made": len(made),
+        "units_reused": len(done),
+        "tokens": counts["tokens"],
+        **progress.summary(total_s=time.perf_counter() - started),
+    }
+    storage.write("report.json", json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def _estimate(config: EmbedCorpusConfig, spec: ModelSpec) -> dict[str, Any]:
+    device = resolve_device()
+    gpus = config.gpus_per_actor
+    prices = Prices(
+        tokens_per_s=config.tokens_per_s,
+        num_actors=config.max_actors or config.min_actors or 1,
+        gpus_per_actor=float(device.type == "cuda") if gpus is None else gpus,
+        gpu_hourly_price=config.gpu_hourly_price,
+    )
+    return estimate(make_task(config, spec, resolve_dtype(config.dtype, device)), prices)
+
+
+def make_task(config: EmbedCorpusConfig, spec: ModelSpec, dtype: ComputeDtype) -> EmbedTask:
+    """Resolve the settings against the model; what is left open here is filled in by the caller.
+
+    Raises:
+        ConfigError: The model cannot do what was asked.
+    """
+    max_tokens = config.max_tokens or spec.max_tokens
+    if max_tokens > spec.max_tokens:
+        raise ConfigError(
+            f"--max-tokens={max_tokens} is more than the {spec.max_tokens} tokens that "
+            f"{config.model} takes; lower it: longer documents are split, not lost"
+        )
+    dims = config.dims or (spec.hidden_dim,)
+    if max(dims) > spec.hidden_dim:
+        raise ConfigError(
+            f"--dims={','.join(map(str, dims))} asks for more than the {spec.hidden_dim} "
+            f"components of {config.model}; ask for at most {spec.hidden_dim}"
+        )
+    return EmbedTask(
+        corpus=config.corpus(),
+        output=config.output,
+        model=config.model,
+        revision=config.revision,
+        prompt=_prompt(config, spec),
+        max_tokens=max_tokens,
+        overlap_tokens=config.overlap_tokens,
+        dims=dims,
+        normalize=spec.normalize,
+        dtype=dtype,
+        token_budget=config.token_budget,
+        vector_dtype=config.vector_dtype,
+    )
+
+
+def _prompt(config: EmbedCorpusConfig, spec: ModelSpec) -> str:
+    if config.instruction is None:
+        return document_prompt(spec.prompts)
+    return query_prompt(
+        spec.prompts, architecture=spec.architecture, instruction=config.instruction
+    )
+
+
+def embedding_fingerprint(task: EmbedTask, spec: ModelSpec) -> dict[str, Any]:
+    """Return everything that changes a vector, and nothing that only changes how fast it comes."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "weights_sha256": weights_sha256(spec.path),
+        "tokenizer_sha256": spec.tokenizer_sha256,
+        "architecture": spec.architecture,
+        "pooling": spec.pooling,
+        "normalize": spec.normalize,
+        "prompt": task.prompt,
+        "max_tokens": task.max_tokens,
+        "overlap_tokens": task.overlap_tokens,
+        "dims": list(task.dims),
+        "dtype": task.dtype,
+        "vector_dtype": task.vector_dtype,
+        "scales": list(task.scales),
+    }
+
+
+def _compute_dtype(config: EmbedCorpusConfig, pool: PoolPlan) -> ComputeDtype:
+    """Resolve "auto" on the hardware that will compute, which may not be the driver's."""
+    if config.dtype != "auto":
+        return config.dtype
+    resolve = ray.remote(num_gpus=pool.gpus_per_actor, num_cpus=0)(_native_dtype)
+    return ray.get(resolve.remote())
+
+
+def _native_dtype() -> ComputeDtype:
+    return resolve_dtype("auto", resolve_device())
+
+
+def _make_units(
+    plan: Plan, done: pa.Table, task: EmbedTask, pool: PoolPlan, progress: EmbedProgress
+) -> Iterator[dict[str, Any]]:
+    """Run the missing units through the pipeline; yield a row of OUTPUTS for each."""
+    num_pending = len(plan) - len(done)
+    if not num_pending:
+        return
+    num_blocks = int(cluster_resources().get("CPU", 1)) * _BLOCKS_PER_CPU
+    block_units = min(max(1, num_pending // num_blocks), _MAX_BLOCK_UNITS)
+    blocks: list[Any] = [ray.put(block) for block in plan.iter_pending(done, block_units)]
+    unit_at_a_time: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    dataset = (
+        ray.data.from_arrow_refs(blocks)
+        .map_batches(
+            partial(read_and_tokenize, task=task), max_retries=MAX_RETRIES, **unit_at_a_time
+        )
+        .map_batches(
+            EmbedActor,
+            fn_constructor_kwargs={"task": task, "num_threads": pool.threads_per_actor},
+            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+            num_gpus=pool.gpus_per_actor,
+            num_cpus=pool.cpus_per_actor,
+            max_restarts=-1,
+            max_task_retries=MAX_RETRIES,
+            **unit_at_a_time,
+        )
+        .map_batches(partial(write_unit, task=task), max_retries=MAX_RETRIES, **unit_at_a_time)
+    )
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for output, stats in zip(batch["output"], batch["stats"], strict=True):
+            made = json.loads(output.as_py())
+            progress.add(json.loads(stats.as_py()), json.loads(made["counts"]))
+            yield made
+
+
+def total_counts(outputs: pa.Table) -> dict[str, Any]:
+    """Add up the counts of all units."""
+    totals: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
+    for text in outputs["counts"]:
+        counts = json.loads(text.as_py())
+        rejected.update(counts.pop("rejected"))
+        notes.update(counts.pop("notes"))
+        totals.update(counts)
+    names = ("rows_in", "rows_embedded", "passages", "tokens")
+    return {
+        **{name: totals[name] for name in names},
+        "rejected": dict(sorted(rejected.items())),
+        "notes": dict(sorted(notes.items())),
+    }
+
+
+def check_bad_input(counts: Mapping[str, Any], config: EmbedCorpusConfig) -> None:
+    """Refuse to publish more bad input than the operator allows, and anything that does not add up.
+
+    Raises:
+        BadInputError: Too many bad rows or objects; finished units are kept for the next run.
+        IntegrityError: Rows are missing.
+    """
+    rejected = counts["rejected"]
+    num_rejected = sum(n for reason, n in rejected.items() if reason not in FILE_REASONS)
+    if counts["rows_in"] != counts["rows_embedded"] + num_rejected:
+        raise IntegrityError(
+            f"{counts['rows_in']} rows in, but {counts['rows_embedded']} embedded and "
+            f"{num_rejected} rejected; nothing was published. This is a bug: report it"
+        )
+    bad_files = sum(n for reason, n in rejected.items() if reason in FILE_REASONS)
+    bad_rows = num_rejected - sum(rejected.get(reason, 0) for reason in DROPPED_REASONS)
+    kept = "nothing was published, finished units are kept, and the rejects files say which"
+    if bad_files > config.max_bad_files:
+        raise BadInputError(
+            f"{bad_files} unreadable objects ({rejected}), --max-bad-files={config.max_bad_files} "
+            f"are allowed; {kept}. Mend them or allow more, and run again"
+        )
+    if bad_rows > config.max_bad_fraction * counts["rows_in"]:
+        raise BadInputError(
+            f"{bad_rows} bad rows among {counts['rows_in']} ({rejected}), a share of "
+            f"--max-bad-fraction={config.max_bad_fraction:g} is allowed; {kept}. Mend them or "
+            "allow more, and run again"
+        )
+
+
+def _listed(outputs: pa.Table) -> pa.Table:
+    return pa.table([outputs[name] for name in FILES.names], schema=FILES).sort_by("path")
+
+
+def _listed_rejects(outputs: pa.Table) -> pa.Table:
+    structs = outputs["rejects"].combine_chunks().drop_null()
+    return pa.table([structs.field(name) for name in FILES.names], schema=FILES).sort_by("path")
+
+
+def _publish_change(storage: Storage, draft: Generation, current: Generation | None) -> Generation:
+    if current is not None and draft.has_content_of(current):
+        log.info("nothing changed: generation %d stays the newest", current.number)
+        return current
+    published = publish(storage, draft, after=current.number if current else 0)
+    log.info("published generation %d: %s", published.number, storage.uri)
+    return published

@@ -1,0 +1,68 @@
+"""The second stage: an actor that holds the model and turns token ids into vectors."""
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from qbatch.models.embedder import Embedder, EmbedderConfig, EmbedStats
+from qbatch.models.loading import resolve_model
+from qbatch.pipelines.embed_task import EmbedTask, unit_row, unit_table
+from qbatch.schema import vector_array
+
+
+def build_embedder(task: EmbedTask, num_threads: int | None = None) -> Embedder:
+    """Load the model of a task in this process."""
+    config = EmbedderConfig(
+        model_path=resolve_model(task.model, task.revision),
+        dtype=task.dtype,
+        dim=max(task.dims),
+        token_budget=task.token_budget,
+        num_threads=num_threads,
+    )
+    return config.build()
+
+
+class EmbedActor:
+    """Holds the model; turns a unit's token ids into vectors."""
+
+    def __init__(self, task: EmbedTask, num_threads: int) -> None:
+        self._embedder = build_embedder(task, num_threads)
+        self._idle_since = time.perf_counter()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Replace the token ids of one unit by its vectors, float32 of the widest width."""
+        started = time.perf_counter()
+        passages = unit_table(batch, "passages")
+        before = replace(self._embedder.stats)
+        vectors = embed_passages(self._embedder, passages)
+        stats = json.loads(batch["stats"][0].as_py())
+        stats |= _pack_stats(before, self._embedder)
+        stats["seconds"]["idle"] = started - self._idle_since
+        self._idle_since = time.perf_counter()
+        stats["seconds"]["forward"] = self._idle_since - started
+        return unit_row(
+            batch["unit_key"][0].as_py(),
+            stats,
+            passages=passages.drop_columns(["token_ids"]),
+            rejects=unit_table(batch, "rejects"),
+            vectors=pa.table({"vector": vector_array(vectors)}),
+        )
+
+
+def embed_passages(embedder: Embedder, passages: pa.Table) -> np.ndarray:
+    """Return float32 vectors of shape (passages, widest width) in the order of ``passages``."""
+    ids = passages["token_ids"].combine_chunks()
+    return embedder.embed(
+        ids.flatten().to_numpy(zero_copy_only=False), passages["num_tokens"].to_numpy()
+    )
+
+
+def _pack_stats(before: EmbedStats, embedder: Embedder) -> dict[str, int]:
+    after = embedder.stats
+    return {
+        "tokens_packed": after.num_tokens - before.num_tokens,
+        "pack_room": (after.num_packs - before.num_packs) * embedder._token_budget,
+    }

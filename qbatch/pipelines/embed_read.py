@@ -1,0 +1,45 @@
+"""The first stage: read a unit, validate, split and tokenize it. Imports no torch."""
+
+import functools
+import time
+
+import pyarrow as pa
+
+from qbatch.corpus.passages import split_and_tokenize
+from qbatch.corpus.reading import read_unit
+from qbatch.corpus.spans import Unit
+from qbatch.models.loading import resolve_model
+from qbatch.models.tokenization import TextTokenizer
+from qbatch.pipelines.embed_task import EmbedTask, unit_row
+
+
+def read_and_tokenize(batch: pa.Table, *, task: EmbedTask) -> pa.Table:
+    """Turn a planned unit into tokenized passages and rejects."""
+    unit_key = batch["unit_key"][0].as_py()
+    started = time.perf_counter()
+    rows = read_unit(Unit.from_json(batch["spans"][0].as_py()), task.corpus)
+    read_s = time.perf_counter() - started
+    passages = tokenize(rows.documents, task)
+    tokenize_s = time.perf_counter() - started - read_s
+    stats = {
+        "rows_in": rows.rows_in,
+        "notes": dict(rows.counts),
+        "seconds": {"read": read_s, "tokenize": tokenize_s},
+    }
+    return unit_row(unit_key, stats, passages=passages, rejects=rows.rejects)
+
+
+def tokenize(documents: pa.Table, task: EmbedTask) -> pa.Table:
+    """Split and tokenize validated documents: schema.PASSAGES and the kept columns."""
+    return split_and_tokenize(
+        documents,
+        _tokenizer(task.model, task.revision, task.max_tokens),
+        max_tokens=task.max_tokens,
+        overlap_tokens=task.overlap_tokens,
+        prompt=task.prompt,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(model: str, revision: str | None, max_tokens: int) -> TextTokenizer:
+    return TextTokenizer.load(resolve_model(model, revision), max_tokens)

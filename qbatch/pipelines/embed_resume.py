@@ -1,0 +1,157 @@
+"""The plan against what exists: one LIST says which units are done.
+
+A file that the newest generation lists is taken at its word; any other, left by a job that did not
+get to publish, is read back and checked before it counts.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from qbatch.corpus.spans import Unit
+from qbatch.errors import IntegrityError
+from qbatch.manifest import Generation, file_entry, read_verified
+from qbatch.pipelines.unit_files import OUTPUTS, list_unit_files, read_completion
+from qbatch.schema import UNITS
+from qbatch.storage import Storage
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PLAN = pa.schema([UNITS.field("unit_key"), UNITS.field("spans")])
+_BATCH_UNITS = 1000
+_FILES_PER_CHECK = 32
+
+
+class Plan:
+    """The units of a job in a local temporary file; memory holds their keys only."""
+
+    def __init__(self, units: Iterable[Unit], fingerprint: str) -> None:
+        """Consume a stream of units.
+
+        Args:
+            units: Each covers other rows than the rest.
+            fingerprint: Id of everything besides the unit that changes its output.
+        """
+        self._directory = tempfile.TemporaryDirectory(prefix="qbatch-plan-")  # lives as we do
+        self._path = f"{self._directory.name}/plan.parquet"
+        keys = [pa.array([], pa.string())]
+        with pq.ParquetWriter(self._path, _PLAN, compression="zstd") as writer:
+            for batch in _batched(units, _BATCH_UNITS):
+                keys.append(pa.array([unit.key(fingerprint) for unit in batch], pa.string()))
+                spans = pa.array([unit.to_json() for unit in batch], pa.large_string())
+                writer.write_table(pa.table([keys[-1], spans], schema=_PLAN))
+        self.keys = pa.chunked_array(keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def iter_tables(self) -> Iterator[pa.Table]:
+        """Yield ``unit_key`` and ``spans`` in plan order."""
+        for batch in pq.ParquetFile(self._path).iter_batches(_BATCH_UNITS):
+            yield pa.Table.from_batches([batch])
+
+    def iter_pending(self, finished: pa.Table, block_units: int) -> Iterator[pa.Table]:
+        """Yield the units that are not in ``finished``, ``block_units`` at a time."""
+        pending = pc.invert(pc.is_in(self.keys, finished["unit_key"].combine_chunks()))
+        waiting, first = _PLAN.empty_table(), 0
+        for table in self.iter_tables():
+            mask = pending.slice(first, len(table))
+            waiting = pa.concat_tables([waiting, table.filter(mask)])
+            first += len(table)
+            while len(waiting) >= block_units:
+                yield waiting.slice(0, block_units)
+                waiting = waiting.slice(block_units)
+        if len(waiting):
+            yield waiting
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    stream = iter(items)
+    while batch := list(islice(stream, size)):
+        yield batch
+
+
+def finished_units(storage: Storage, plan: Plan, generation: Generation | None) -> pa.Table:
+    """Return a row of OUTPUTS for every planned unit whose file exists.
+
+    Of several files of one unit the published one counts, else the first intact one by name.
+
+    Args:
+        storage: The table.
+        plan: What the job has to cover.
+        generation: The newest one, None before the first.
+    """
+    listed = list_unit_files(storage)
+    wanted = listed.filter(_is_in(listed["unit_key"], plan.keys))
+    published = _published_outputs(storage, generation)
+    known = published.filter(_is_in(published["path"], wanted["path"]))
+    known = known.filter(_is_in(known["unit_key"], plan.keys))
+    unchecked = wanted.filter(pc.invert(_is_in(wanted["unit_key"], known["unit_key"])))
+    return pa.concat_tables([known, *_check_files(storage, unchecked["path"].to_pylist())])
+
+
+def _is_in(values: pa.ChunkedArray, wanted: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.is_in(values, wanted.combine_chunks())
+
+
+def _published_outputs(storage: Storage, generation: Generation | None) -> pa.Table:
+    if generation is None or generation.plan is None:
+        return OUTPUTS.empty_table()
+    data = read_verified(storage, generation.plan)
+    return pq.read_table(pa.BufferReader(data), columns=OUTPUTS.names).cast(OUTPUTS)
+
+
+def _check_files(storage: Storage, paths: list[str]) -> list[pa.Table]:
+    if not paths:
+        return []
+    log.info("checking %d finished files of a job that did not publish", len(paths))
+    check = ray.remote(_read_completions)
+    tasks = [check.remote(storage, some) for some in _batched(paths, _FILES_PER_CHECK)]
+    rows = [row for task in tasks for row in ray.get(task)]
+    first_by_name = {row["unit_key"]: row for row in reversed(rows)}
+    return [pa.Table.from_pylist(list(first_by_name.values()), schema=OUTPUTS)]
+
+
+def _read_completions(storage: Storage, paths: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for path in paths:
+        try:
+            rows.append(read_completion(storage, path))
+        except (IntegrityError, FileNotFoundError) as error:
+            log.warning("%s; its unit is made again", error)
+    return rows
+
+
+def write_units(storage: Storage, plan: Plan, outputs: pa.Table) -> dict[str, Any]:
+    """Write the schema.UNITS table of a generation; return its schema.FILES entry.
+
+    Raises:
+        IntegrityError: A planned unit has no output.
+    """
+    index = pc.index_in(plan.keys, outputs["unit_key"].combine_chunks())
+    if index.null_count:
+        missing = plan.keys.filter(pc.is_null(index))
+        raise IntegrityError(
+            f"{len(missing)} of {len(plan)} planned units have no output, the first {missing[0]}; "
+            "nothing was published. This is a bug: report it with the log"
+        )
+    ordered, sink, first = outputs.take(index), pa.BufferOutputStream(), 0
+    with pq.ParquetWriter(sink, UNITS, compression="zstd") as writer:
+        for table in plan.iter_tables():
+            rest = ordered.slice(first, len(table)).drop_columns(["unit_key"])
+            writer.write_table(pa.table([*table.columns, *rest.columns], schema=UNITS))
+            first += len(table)
+    data = memoryview(sink.getvalue())
+    entry = file_entry("", len(plan), data)
+    entry["path"] = f"plans/{entry['sha256'][:32]}.parquet"
+    storage.write(entry["path"], data)
+    return entry

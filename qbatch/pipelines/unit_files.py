@@ -1,0 +1,129 @@
+"""The one file a unit makes: named by unit and content, complete or absent, self-describing.
+
+``<stem>/<unit_key>-<first 16 hex of its sha256>.parquet``. The footer says what became of the
+unit's rows, so that the file is its own completion record.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qbatch.errors import IntegrityError
+from qbatch.manifest import canonical_json, file_entry, read_verified
+from qbatch.schema import UNITS
+from qbatch.storage import Storage
+
+OUTPUTS = pa.schema([field for field in UNITS if field.name != "spans"])
+"""What is known of a finished unit."""
+
+_FOOTER_KEY = b"qbatch"
+_NAME = re.compile(r"data/([0-9a-f]{32})-([0-9a-f]{16})\.parquet")
+_ROW_GROUP_ROWS = 32_768
+_LISTING_ROWS = 100_000
+
+
+def write_rejects(storage: Storage, unit_key: str, rejects: pa.Table) -> dict[str, Any] | None:
+    """Write a unit's rejects and return their schema.FILES entry; None when there are none."""
+    return _write(storage, f"rejects/{unit_key}", rejects, {}) if rejects.num_rows else None
+
+
+def write_unit_file(storage: Storage, record: Mapping[str, Any], table: pa.Table) -> dict[str, Any]:
+    """Write a unit's output with its completion record; return its row of OUTPUTS.
+
+    Args:
+        storage: The table; rejects named by the record must be there already.
+        record: ``unit_key``, ``fingerprint``, ``counts`` and ``rejects`` (a FILES entry or None).
+        table: The rows.
+    """
+    entry = _write(storage, f"data/{record['unit_key']}", table, {_FOOTER_KEY: dict(record)})
+    return _output(record, entry)
+
+
+def read_completion(storage: Storage, path: str) -> dict[str, Any]:
+    """Return the row of OUTPUTS that a listed file stands for, after checking all its bytes.
+
+    Raises:
+        IntegrityError: The file, its record or its rejects are damaged.
+        FileNotFoundError: It is gone.
+    """
+    data = storage.read(path)
+    name = _NAME.fullmatch(path)
+    if name is None or not hashlib.sha256(data).hexdigest().startswith(name[2]):
+        raise IntegrityError(f"{storage.object_uri(path)} does not hold what its name says")
+    metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
+    record = json.loads(metadata.metadata[_FOOTER_KEY])
+    if record["rejects"]:
+        read_verified(storage, record["rejects"])
+    return _output(record, file_entry(path, metadata.num_rows, data))
+
+
+def _output(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    counts = canonical_json(record["counts"]).decode()
+    return {
+        "unit_key": record["unit_key"],
+        **entry,
+        "rejects": record["rejects"],
+        "counts": counts,
+    }
+
+
+def list_unit_files(storage: Storage) -> pa.Table:
+    """Return ``unit_key`` and ``path`` of every data file in name order, from one LIST."""
+    schema = pa.schema([UNITS.field("unit_key"), UNITS.field("path")])
+    tables = [schema.empty_table()]
+    names: list[re.Match[str]] = []
+
+    def flush() -> None:
+        columns = [[name[1] for name in names], [name[0] for name in names]]
+        tables.append(pa.table(columns, schema=schema))
+        names.clear()
+
+    for listed in storage.iter_objects("data"):
+        if name := _NAME.fullmatch(listed.path):
+            names.append(name)
+        if len(names) == _LISTING_ROWS:
+            flush()
+    flush()
+    return pa.concat_tables(tables)
+
+
+def _write(
+    storage: Storage, stem: str, table: pa.Table, footer: Mapping[bytes, Any]
+) -> dict[str, Any]:
+    # Vectors are noise to a compressor, and plain pages let readers map them as a matrix.
+    others = [
+        path
+        for field in table.schema
+        if not field.name.startswith("vector")
+        for path in _leaf_paths(field.type, field.name)
+    ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.replace_schema_metadata({k: canonical_json(v) for k, v in footer.items()}),
+        sink,
+        row_group_size=_ROW_GROUP_ROWS,
+        compression=dict.fromkeys(others, "ZSTD"),
+        use_dictionary=others,
+    )
+    data = memoryview(sink.getvalue())
+    entry = file_entry(stem, table.num_rows, data)
+    entry["path"] = f"{stem}-{entry['sha256'][:16]}.parquet"
+    storage.write(entry["path"], data)
+    return entry
+
+
+def _leaf_paths(data_type: pa.DataType, path: str) -> Iterator[str]:
+    """Yield the Parquet column paths below a field: nested columns have one per leaf."""
+    if pa.types.is_struct(data_type):
+        for i in range(data_type.num_fields):
+            field = data_type.field(i)
+            yield from _leaf_paths(field.type, f"{path}.{field.name}")
+    elif pa.types.is_list(data_type) or pa.types.is_large_list(data_type):
+        yield from _leaf_paths(data_type.value_type, f"{path}.list.element")
+    else:
+        yield path

@@ -1,0 +1,56 @@
+"""What a running embed job tells: a line every few seconds, and the figures of its summary."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_INTERVAL_S = 10.0
+_STAGES = ("read", "tokenize", "forward", "write", "idle")
+
+
+class EmbedProgress:
+    """Adds up finished units. Seconds are summed over processes and may exceed the wall clock."""
+
+    def __init__(self, num_units: int) -> None:
+        self._num_units = num_units
+        self._num_done = 0
+        self._started = self._last_line = time.monotonic()
+        self._totals: Counter[str] = Counter()
+        self._seconds: Counter[str] = Counter()
+
+    def add(self, stats: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
+        """Take in one finished unit; log a line when the last one is old enough."""
+        self._num_done += 1
+        self._seconds.update(stats["seconds"])
+        self._totals.update({name: stats[name] for name in ("tokens_packed", "pack_room")})
+        self._totals.update({name: counts[name] for name in ("passages", "tokens")})
+        self._totals["rejected"] += sum(counts["rejected"].values())
+        now = time.monotonic()
+        if now - self._last_line >= _INTERVAL_S or self._num_done == self._num_units:
+            self._last_line = now
+            self._log(max(now - self._started, 1e-9))
+
+    def _log(self, elapsed_s: float) -> None:
+        left_s = elapsed_s / self._num_done * (self._num_units - self._num_done)
+        log.info(
+            "%d/%d units, %s passages, %s rejected, %s tokens/s, about %d s left",
+            self._num_done,
+            self._num_units,
+            f"{self._totals['passages']:,}",
+            f"{self._totals['rejected']:,}",
+            f"{self._totals['tokens'] / elapsed_s:,.0f}",
+            left_s,
+        )
+
+    def summary(self, *, total_s: float) -> dict[str, Any]:
+        """Return ``pack_fill`` (None when nothing ran) and ``seconds`` by stage."""
+        room = self._totals["pack_room"]
+        seconds = {stage: round(self._seconds[stage], 3) for stage in _STAGES}
+        return {
+            "pack_fill": round(self._totals["tokens_packed"] / room, 4) if room else None,
+            "seconds": {**seconds, "total": round(total_s, 3)},
+        }
