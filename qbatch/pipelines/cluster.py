@@ -36,7 +36,7 @@ class PoolPlan:
     max_actors: int
     gpus_per_actor: float
     cpus_per_actor: float
-    """What Ray books. On CPU-only machines less than is used, so that reading is never starved."""
+    """What Ray books: together at most half of all, so that reading and writing never starve."""
     threads_per_actor: int
 
 
@@ -112,24 +112,18 @@ def plan_pool(
     num_gpus, num_cpus = resources.get("GPU", 0.0), int(resources.get("CPU", 1))
     if gpus_per_actor is None:
         gpus_per_actor = 1.0 if num_gpus else 0.0
-    if gpus_per_actor > 0:
-        available = int(num_gpus / gpus_per_actor)
-        threads = max(1, int(num_cpus / max(1.0, num_gpus)) - 1)
-    else:
-        available = max_actors or max(1, num_cpus // _CPUS_PER_CPU_ACTOR)
-        threads = max(1, num_cpus // available)
-    most = max_actors or max(min_actors or 1, available)
+    room = num_gpus / gpus_per_actor if gpus_per_actor else num_cpus / _CPUS_PER_CPU_ACTOR
+    most = max_actors or max(min_actors or 1, int(room))
     fewest = min_actors or 1
     if fewest * gpus_per_actor > num_gpus:
         raise ConfigError(
             f"{fewest} actors of {gpus_per_actor:g} GPUs need more than the {num_gpus:g} GPUs of "
             "this cluster; lower --min-actors or --gpus-per-actor, or add nodes"
         )
-    booked = 1.0 if gpus_per_actor else max(0.5, min(threads, num_cpus / available - 1))
     return PoolPlan(
-        min_actors=fewest,
+        min_actors=min(fewest, most),
         max_actors=most,
         gpus_per_actor=gpus_per_actor,
-        cpus_per_actor=booked,
-        threads_per_actor=threads,
+        cpus_per_actor=min(1.0, num_cpus / (2 * most)) if gpus_per_actor else num_cpus / (2 * most),
+        threads_per_actor=max(1, num_cpus // most),
     )

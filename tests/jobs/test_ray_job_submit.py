@@ -1,0 +1,90 @@
+"""The embed job as users start it on a cluster: ``ray start`` and ``ray job submit``."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qbatch.tables import open_vectors
+from tests.processes import ROOT
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """A Ray head with its own ports and folder; yields the environment of its clients."""
+    folder = tmp_path_factory.mktemp("ray")
+    port, dashboard, client = free_port(), free_port(), free_port()
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
+    environment |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    command = [
+        *(RAY, "start", "--head", "--block", "--disable-usage-stats"),
+        *("--num-cpus=2", "--num-gpus=0", "--object-store-memory=500000000"),
+        *("--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder}"),
+        *(f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
+    ]
+    log = (folder / "head.log").open("wb")
+    head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_for_dashboard(environment, folder / "head.log")
+        yield environment
+    finally:
+        head.terminate()  # --block takes its own processes down with it
+        head.wait(timeout=60)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for_dashboard(environment: dict[str, str], log: Path) -> None:
+    for _ in range(30):
+        listed = subprocess.run(
+            [RAY, "job", "list"], env=environment, capture_output=True, text=True, check=False
+        )
+        if listed.returncode == 0:
+            return
+    raise TimeoutError(f"no dashboard: {listed.stderr[-1000:]}\n{log.read_text()[-2000:]}")
+
+
+def submit(environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess:
+    """Run the job with the repository as its working directory."""
+    command = [RAY, "job", "submit", "--working-dir", str(ROOT), "--"]
+    return subprocess.run(
+        [*command, "python", "jobs/embed_corpus.py", *flags],
+        env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_logs_progress_and_summary_arrive(cluster, tiny_model, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    rows = [{"doc_id": str(i), "text": f"text {i}"} for i in range(50)]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--input={corpus}", f"--output={tmp_path / 'out'}", f"--model={tiny_model}"]
+    done = submit(cluster, *flags, "--dtype=float32")
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-3000:]
+    assert "1/1 units" in output
+    summary = next(json.loads(x) for x in done.stdout.splitlines() if x.startswith('{"generation"'))
+    assert (summary["rows_in"], summary["units_made"]) == (50, 1)
+    assert open_vectors(str(tmp_path / "out")).num_rows == 50
+
+
+def test_exit_codes_arrive(cluster, tiny_model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    flags = [f"--input={tmp_path / 'empty'}", f"--output={tmp_path / 'out'}"]
+    done = submit(cluster, *flags, f"--model={tiny_model}")
+    output = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "exit code 3" in output
+    assert "no object to read under" in output

@@ -1,0 +1,75 @@
+"""Sizing the pool, and scheduling on declared GPUs with the processor doing the work."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qbatch.pipelines import cluster
+from qbatch.pipelines.cluster import plan_pool
+from tests.processes import ROOT
+
+
+@pytest.mark.parametrize(
+    ("resources", "asked", "expected"),
+    [
+        ({"CPU": 2}, (None, None, None), (1, 1, 0, 2)),
+        ({"CPU": 64}, (None, None, None), (1, 8, 0, 8)),
+        ({"CPU": 64}, (2, 4, None), (2, 4, 0, 16)),
+        ({"CPU": 128, "GPU": 8}, (None, None, None), (1, 8, 1, 16)),
+        ({"CPU": 128, "GPU": 8}, (None, None, 0.5), (1, 16, 0.5, 8)),
+        ({"CPU": 128, "GPU": 8}, (None, 4, None), (1, 4, 1, 32)),
+        ({"CPU": 128, "GPU": 8}, (None, None, 0.0), (1, 16, 0, 8)),
+        ({"CPU": 2, "GPU": 2}, (2, 2, None), (2, 2, 1, 1)),
+    ],
+)
+def test_the_pool_fits_the_cluster(monkeypatch, resources, asked, expected):
+    monkeypatch.setattr(cluster, "cluster_resources", lambda: resources)
+    pool = plan_pool(*asked)
+    got = (pool.min_actors, pool.max_actors, pool.gpus_per_actor, pool.threads_per_actor)
+    assert got == expected
+    assert pool.max_actors * pool.cpus_per_actor <= resources["CPU"] / 2
+
+
+ON_DECLARED_GPUS = """
+import json, sys, threading
+import ray
+from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus
+
+ray.init(address="local", num_cpus=2, num_gpus=2, object_store_memory=2**28)
+free, done = [], threading.Event()
+def watch():
+    while not done.wait(0.05):
+        free.append(ray.available_resources().get("GPU", 0.0))
+watcher = threading.Thread(target=watch)
+watcher.start()
+summary = embed_corpus(EmbedCorpusConfig(**json.loads(sys.argv[1])))
+done.set(); watcher.join()
+print(json.dumps({"fewest_free": min(free), "summary": summary}))
+"""
+
+
+@pytest.mark.ray
+def test_two_actors_hold_one_declared_gpu_each(tiny_model, tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.jsonl").write_text(f'{{"doc_id": "{i}", "text": "text {i}"}}\n' * 20)
+    config = {
+        "input": str(tmp_path / "*.jsonl"),
+        "output": str(tmp_path / "out"),
+        "model": tiny_model,
+        "min_actors": 2,
+        "unit_bytes": 700,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ON_DECLARED_GPUS, json.dumps(config)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["fewest_free"] == 0
+    assert result["summary"]["passages"] == 160
