@@ -64,6 +64,12 @@ def estimate(task: EmbedTask, prices: Prices) -> dict[str, Any]:
     seconds = tokens / (tokens_per_s * prices.num_actors)
     machine_hours = seconds / 3600 * prices.num_actors * (prices.gpus_per_actor or 1)
     price = prices.gpu_hourly_price
+    cost = None if price is None else round(machine_hours * price, 4)
+    log.info(
+        "dry run: %s units, %s bytes, about %s tokens; %s s on %d actors of %s tokens/s; cost %s",
+        *(f"{n:,}" for n in (totals.units, totals.num_bytes, tokens, round(seconds))),
+        *(prices.num_actors, f"{tokens_per_s:,.0f}", "unknown" if cost is None else cost),
+    )
     return {
         "dry_run": True,
         "units": totals.units,
@@ -77,7 +83,7 @@ def estimate(task: EmbedTask, prices: Prices) -> dict[str, Any]:
         "actors": prices.num_actors,
         "seconds_estimated": round(seconds, 1),
         "gpu_hours_estimated": round(machine_hours, 4) if prices.gpus_per_actor else 0.0,
-        "cost_estimated": None if price is None else round(machine_hours * price, 4),
+        "cost_estimated": cost,
     }
 
 

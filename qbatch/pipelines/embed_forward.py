@@ -64,5 +64,5 @@ def _pack_stats(before: EmbedStats, embedder: Embedder) -> dict[str, int]:
     after = embedder.stats
     return {
         "tokens_packed": after.num_tokens - before.num_tokens,
-        "pack_room": (after.num_packs - before.num_packs) * embedder._token_budget,
+        "pack_room": (after.num_packs - before.num_packs) * embedder.token_budget,
     }

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qbatch.errors import BadInputError, ConfigError, NoInputError
+from qbatch.errors import BadInputError, ConfigError, NoInputError, StalledError
 from qbatch.manifest import fingerprint_id, latest_generation
 from qbatch.models.embedder import EmbedderConfig
 from qbatch.models.loading import load_spec
@@ -289,6 +289,12 @@ def test_impossible_settings_are_refused_before_work(disk_config):
         embed_corpus(replace(disk_config, max_tokens=4096))
     with pytest.raises(ConfigError, match="need more than the 0 GPUs"):
         embed_corpus(replace(disk_config, gpus_per_actor=1.0))
+
+
+def test_a_standstill_ends_the_job_and_the_next_run_goes_on(disk_config):
+    with pytest.raises(StalledError, match=r"no unit moved for 0\.2 s"):
+        embed_corpus(replace(disk_config, stall_timeout_s=0.2))  # an actor takes longer to start
+    assert embed_corpus(disk_config)["passages"] == NUM_FILES * ROWS_PER_FILE
 
 
 def test_non_finite_vectors_reject_their_documents(tmp_path, disk_config, tiny_model):
