@@ -30,18 +30,18 @@ class JudgedRows:
 def judge_rows(raw: RawRows, uri: str, config: CorpusConfig) -> JudgedRows:
     """Split raw rows of one object into documents and rejects, losing none.
 
-    A text must be valid UTF-8, not null, and more than whitespace. Longer texts are cut to
-    ``max_document_bytes`` at a character; missing ids are generated. Controls and NUL stay.
+    A text must be valid UTF-8 and not null, and with its title be more than whitespace. Longer
+    texts are cut to ``max_document_bytes`` at a character; missing ids are generated. Controls and
+    NUL stay.
     """
     texts, is_invalid = _decode(raw.texts)
     is_null = _mask(raw.texts.is_null())
-    is_blank = _mask(pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts)))
-    is_empty = is_blank & ~is_invalid & ~is_null
+    is_empty = _is_blank(texts) & _is_blank(raw.titles) & ~is_invalid & ~is_null
     rejects = [
         *raw.rejects,
         *_rejects(raw, is_invalid, reasons.INVALID_UTF8, "the text is not valid UTF-8"),
         *_rejects(raw, is_null, reasons.NULL_TEXT, f"{config.text_column!r} is null"),
-        *_rejects(raw, is_empty, reasons.EMPTY_TEXT, "the text is empty or only whitespace"),
+        *_rejects(raw, is_empty, reasons.EMPTY_TEXT, "text and title are empty or only whitespace"),
     ]
     rejects.sort(key=lambda reject: (reject.row is None, reject.row or 0))
     batch = _batch(raw, texts, uri, config)
@@ -50,6 +50,11 @@ def judge_rows(raw: RawRows, uri: str, config: CorpusConfig) -> JudgedRows:
         batch = batch.filter(pa.array(is_good))
     counts = Counter(raw.counts)
     return JudgedRows(_finish(batch, config, counts), rejects, counts)
+
+
+def _is_blank(strings: pa.Array) -> np.ndarray:
+    strings = strings.cast(pa.large_string()).fill_null("")
+    return _mask(pc.or_(pc.equal(pc.binary_length(strings), 0), pc.utf8_is_space(strings)))
 
 
 def _decode(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:

@@ -178,7 +178,8 @@ def _limits(tokenizer: Tokenizer, max_tokens: int, overlap_tokens: int, prompt: 
 def _tokenize_whole(documents: pa.Table, limits: _Limits) -> pa.Table:
     """Return the documents that fit as pieces; the others are missing from the result."""
     titles = documents["title"].fill_null("")
-    prefixes = pc.if_else(pc.equal(titles, ""), titles, _join(titles, " "))
+    stands_alone = pc.or_(pc.equal(titles, ""), pc.equal(documents["text"], ""))
+    prefixes = pc.if_else(stands_alone, titles, _join(titles, " "))
     inputs = _join(limits.prompt, prefixes, documents["text"])
     max_chars = limits.max_tokens * _LONG_CHARS_PER_TOKEN
     rows = np.flatnonzero(pc.less_equal(pc.utf8_length(inputs), max_chars))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from qbatch.errors import ConfigError
 from qbatch.models.attention import (
@@ -16,7 +16,7 @@ from qbatch.models.attention import (
     UnsupportedAttentionError,
     register_packed_attention,
 )
-from qbatch.models.loading import ModelSpec, Pooling, position_offset
+from qbatch.models.loading import ModelSpec, Pooling, position_offset, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Backbone:
         """Take over a loaded model; a few short texts go through it."""
         self._model = model
         self._pooling = pooling
-        self._position_offset = position_offset(model.config.to_dict())
+        self._position_offset = position_offset(model.config)
         self.is_packed = self._switch_to_packed()
 
     @property
@@ -104,9 +104,9 @@ class Backbone:
         lengths = _CHECK_LENGTHS
         layout = PackLayout.from_lengths(lengths, self.device)
         positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
-        # The upper half of a vocabulary is ordinary tokens; below lie padding and its like.
-        vocab_size = self._model.config.vocab_size
-        ids = (vocab_size - 1 - torch.arange(len(positions)) % (vocab_size // 2)).to(self.device)
+        # In the middle of a vocabulary lie ordinary tokens; padding and its like lie at the ends.
+        half = self._model.config.vocab_size // 2
+        ids = (half + torch.arange(len(positions)) % half).to(self.device)
         padded = self._padded_states(ids, lengths)
         self._model.set_attn_implementation(PACKED_ATTENTION)
         packed = self._packed_states(ids, positions, layout)
@@ -117,14 +117,9 @@ def load_backbone(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
     """Load weights in ``dtype`` onto ``device``; a language-model head is left out.
 
     Raises:
-        ConfigError: The model has a decoder of its own, or its weights are incomplete.
+        ConfigError: The weights are incomplete.
     """
-    config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
-    if config.is_encoder_decoder:
-        raise ConfigError(
-            f"Unsupported architecture: {spec.architecture!r} in {spec.path}; allowed are encoders "
-            "and decoders alone. Choose such a model."
-        )
+    config = read_config(spec.path)
     config.use_cache = False
     model, info = AutoModel.from_pretrained(
         spec.path,

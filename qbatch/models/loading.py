@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from qbatch.errors import ConfigError
 
@@ -98,22 +100,46 @@ def load_spec(path: Path) -> ModelSpec:
     """
     modules = _modules(path)
     root = path / modules["Transformer"] if modules else path
-    config = _read_json(root / "config.json")
     tokenizer_config = _read_json(root / "tokenizer_config.json", default={})
-    _refuse_remote_code(root, config, tokenizer_config)
+    _refuse_remote_code(root, tokenizer_config)
+    config = read_config(root)
     _weight_files(root)
     sentence = _read_json(path / "config_sentence_transformers.json", default={})
     return ModelSpec(
         path=root,
-        architecture=config["model_type"],
-        hidden_dim=config["hidden_size"],
+        architecture=config.model_type,
+        hidden_dim=config.hidden_size,
         max_tokens=_max_tokens(root, config, tokenizer_config),
-        vocab_rows=config["vocab_size"],
-        pooling=_pooling(path, modules, config),
+        vocab_rows=config.vocab_size,
+        pooling=_pooling(path, modules, config.model_type),
         normalize=_is_normalized(modules, sentence),
         prompts=_prompts(sentence),
         tokenizer_sha256=_tokenizer_sha256(root),
     )
+
+
+def read_config(root: Path) -> PreTrainedConfig:
+    """Return config.json as transformers reads it: renamed and missing settings filled in.
+
+    Raises:
+        ConfigError: transformers has no such architecture, or the model wants its own code or has
+            an encoder and a decoder.
+    """
+    raw = _read_json(root / "config.json")
+    _refuse_remote_code(root, raw)
+    if raw.get("model_type") not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"Unknown architecture in {root / 'config.json'}: {raw.get('model_type')!r}. Allowed "
+            f"are those built into transformers {transformers.__version__}; choose such a model, "
+            "or a newer transformers."
+        )
+    config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"Unsupported architecture in {root}: {config.model_type!r} has an encoder and a "
+            "decoder; allowed is either of them alone. Choose such a model."
+        )
+    return cast("PreTrainedConfig", config)
 
 
 def weights_sha256(path: Path) -> str:
@@ -152,13 +178,12 @@ def _read_json(file: Path, default: object = None) -> Any:  # noqa: ANN401 - any
         raise ConfigError(f"A model file is not JSON: {file} ({e}). Copy the model again.") from e
 
 
-def _refuse_remote_code(root: Path, *configs: dict[str, Any]) -> None:
-    for config in configs:
-        if "auto_map" in config:
-            raise ConfigError(
-                f"The model at {root} wants to run its own code: auto_map {config['auto_map']}. "
-                "Only architectures built into transformers are allowed; choose such a model."
-            )
+def _refuse_remote_code(root: Path, config: dict[str, Any]) -> None:
+    if "auto_map" in config:
+        raise ConfigError(
+            f"The model at {root} wants to run its own code: auto_map {config['auto_map']}. Only "
+            "architectures built into transformers are allowed; choose such a model."
+        )
 
 
 def _modules(path: Path) -> dict[str, str]:
@@ -176,13 +201,13 @@ def _modules(path: Path) -> dict[str, str]:
     return {name: entry["path"] for name, entry in zip(names, entries, strict=True)}
 
 
-def _pooling(path: Path, modules: Mapping[str, str], config: dict[str, Any]) -> Pooling:
+def _pooling(path: Path, modules: Mapping[str, str], architecture: str) -> Pooling:
     if not modules:
-        if config["model_type"] == "qwen3":
+        if architecture == "qwen3":
             return "last"
         raise ConfigError(
-            f"No modules.json in {path}, so the pooling of this {config['model_type']!r} model is "
-            "unknown; only a qwen3 model may lack it. Use a sentence-transformers directory."
+            f"No modules.json in {path}, so the pooling of this {architecture!r} model is unknown; "
+            "only a qwen3 model may lack it. Use a sentence-transformers directory."
         )
     file = path / modules["Pooling"] / "config.json"
     pooling = _read_json(file)
@@ -221,7 +246,7 @@ def _prompts(sentence: dict[str, Any]) -> dict[str, str]:
     return prompts
 
 
-def _max_tokens(root: Path, config: dict[str, Any], tokenizer_config: dict[str, Any]) -> int:
+def _max_tokens(root: Path, config: PreTrainedConfig, tokenizer_config: dict[str, Any]) -> int:
     file = next(root.glob("sentence_*_config.json"), None)  # sentence_bert_, sentence_roberta_ ...
     sentence = _read_json(file) if file else {}
     if sentence.get("do_lower_case"):
@@ -232,16 +257,15 @@ def _max_tokens(root: Path, config: dict[str, Any], tokenizer_config: dict[str, 
     limits = [
         sentence.get("max_seq_length"),
         tokenizer_config.get("model_max_length"),
-        config["max_position_embeddings"] - position_offset(config),
+        config.max_position_embeddings - position_offset(config),
     ]
     return int(min(limit for limit in limits if limit is not None))
 
 
-def position_offset(config: Mapping[str, Any]) -> int:
-    """Return the position of a text's first token: RoBERTa counts from the pad id plus one."""
-    if config["model_type"] in {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"}:
-        return int(config["pad_token_id"]) + 1
-    return 0
+def position_offset(config: PreTrainedConfig) -> int:
+    """Return the position of a text's first token: RoBERTa's kin count from the pad id plus one."""
+    counts_from_pad = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"}
+    return int(config.pad_token_id) + 1 if config.model_type in counts_from_pad else 0
 
 
 def _tokenizer_sha256(root: Path) -> str:

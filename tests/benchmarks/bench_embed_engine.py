@@ -1,6 +1,7 @@
 """The embedding engine beside sentence-transformers and beside the machine's matrix products.
 
     python -m tests.benchmarks.bench_embed_engine --num-texts 400 --pairs 5 --json engine.json
+    python -m tests.benchmarks.bench_embed_engine --threads 1 --cpu-time     # on a busy machine
 
 Both sides get the same texts, model, dtype and threads, tokenize and embed, and take turns. Speeds
 are medians; the spread is that of the ratios of the pairs. The share is of the speed of bare matrix
@@ -53,18 +54,19 @@ def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
     texts = read_texts(options.texts, options.num_texts)
-    print(describe_machine(options.threads, len(texts)))
+    machine = describe_machine(options, len(texts))
+    print(machine)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         models = {"qwen3": Path(folder), "minilm": require("minilm")}
         make_qwen3(models["qwen3"], options.layers)
         print(HEADER)
         for name, dtype in CASES:
-            if name in options.models:
+            if name in options.models and dtype in options.dtypes:
                 rows.append(compare(name, models[name], dtype, texts, options))
                 print(ROW.format(**rows[-1]), flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"machine": describe_machine(0, 0), "rows": rows}))
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}))
 
 
 HEADER = (
@@ -85,7 +87,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds, not the clock")
     parser.add_argument("--token-budget", type=int)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--models", nargs="+", default=["qwen3", "minilm"])
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -110,8 +114,13 @@ def compare(
         return other.encode(texts, batch_size=32, normalize_embeddings=True)
 
     cosine = float((ours() * theirs()).sum(1).min())
+    clock = time.process_time if options.cpu_time else time.perf_counter
     runs = [
-        (seconds(ours), seconds(theirs), matmul_flops(weights, embedder.token_budget))
+        (
+            seconds(ours, clock),
+            seconds(theirs, clock),
+            matmul_flops(weights, embedder.token_budget, clock),
+        )
         for _ in range(options.pairs)
     ]
     own_s, other_s, flops = (statistics.median(column) for column in zip(*runs, strict=True))
@@ -134,17 +143,17 @@ def compare(
     }
 
 
-def seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    started = clock()
     call()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 @torch.inference_mode()
-def matmul_flops(weights: list[torch.Tensor], num_tokens: int) -> float:
+def matmul_flops(weights: list[torch.Tensor], num_tokens: int, clock: Callable[[], float]) -> float:
     """Return FLOP/s of one product with each weight, with a pack of tokens on the other side."""
     inputs = {w.shape[1]: torch.randn(num_tokens, w.shape[1]).to(w.dtype) for w in weights}
-    elapsed = seconds(lambda: [linear(inputs[w.shape[1]], w) for w in weights])
+    elapsed = seconds(lambda: [linear(inputs[w.shape[1]], w) for w in weights], clock)
     return 2 * num_tokens * sum(w.numel() for w in weights) / elapsed
 
 
@@ -226,13 +235,14 @@ def texts_of(lines: list[str]) -> Iterator[str]:
         yield row.get("text") or row["body"]
 
 
-def describe_machine(threads: int, num_texts: int) -> str:
+def describe_machine(options: argparse.Namespace, num_texts: int) -> str:
     cpus = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     names = [line.partition(": ")[2] for line in cpus.splitlines() if "model name" in line]
     parts = [
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         names[0] if names else platform.processor(),
-        f"{threads} threads",
+        f"{options.threads} threads",
+        "CPU time" if options.cpu_time else "wall time",
         f"load {os.getloadavg()[0]:.1f}",
         f"torch {torch.__version__}",
         f"transformers {transformers.__version__}",

@@ -142,7 +142,7 @@ def test_passages_are_complete_and_lose_no_character(name, text, overlap_tokens,
 def test_every_passage_carries_title_and_prompt(name, text, title):
     tokenizer = tokenizer_of(name, 40)
     passages = split(tokenizer, documents_of(text, titles=[title]), prompt="passage: ")
-    whole = "passage: " + (f"{title} " if title else "") + text
+    whole = "passage: " + " ".join(part for part in (title, text) if part)
     if len(passages) == 1 and len(tokenizer.complete.encode(whole)) <= 40:
         assert passages[0]["token_ids"] == tokenizer.complete.encode(whole).ids
     for passage, piece in zip(passages, passage_texts(passages, text), strict=True):
@@ -298,3 +298,12 @@ def test_tokenizer_is_never_handed_a_huge_text_at_once():
 def test_impossible_limits_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         split_and_tokenize(documents_of("text"), tokenizer_of("qwen3", 64), **settings)
+
+
+@pytest.mark.parametrize("text", ["", "  \n "])
+@pytest.mark.parametrize("title", ["short", "a very long title " * 50])
+def test_a_blank_text_with_a_title_is_one_passage(text, title):
+    passages = split(tokenizer_of("minilm", 32), documents_of(text, titles=[title]))
+    assert len(passages) == 1
+    assert 2 < passages[0]["num_tokens"] <= 32
+    assert (passages[0]["start_char"], passages[0]["end_char"]) == (0, len(text))

@@ -400,3 +400,11 @@ def test_a_beir_folder_is_read_with_its_own_columns(tmp_path, read_corpus):
             "text": "body",
         }
     ]
+
+
+def test_a_title_alone_is_a_document(tmp_path, read_corpus):
+    rows = [{"title": "T", "text": ""}, {"title": " ", "text": "  "}, {"title": "U", "text": " "}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = read_corpus(tmp_path, title_column="title")
+    assert corpus.column("title") == ["T", "U"]
+    assert [reason for _, reason in corpus.reasons()] == ["empty_text"]

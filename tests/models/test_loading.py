@@ -92,6 +92,31 @@ def test_pooling_is_not_guessed_for_other_architectures(model_dir):
         load_spec(model_dir)
 
 
+def test_settings_under_other_names_are_found(model_dir):
+    config = {"model_type": "distilbert", "dim": 48, "max_position_embeddings": 128}
+    (model_dir / "config.json").write_text(json.dumps(config))
+    write_modules(model_dir, {"pooling_mode": "mean"})
+    spec = load_spec(model_dir)
+    assert (spec.hidden_dim, spec.max_tokens, spec.vocab_rows) == (48, 128, 30_522)
+
+
+def test_positions_taken_by_padding_shorten_the_longest_text(model_dir):
+    config = {"model_type": "xlm-roberta", "max_position_embeddings": 514, "pad_token_id": 1}
+    (model_dir / "config.json").write_text(json.dumps(config))
+    write_modules(model_dir, {"pooling_mode": "mean"})
+    assert load_spec(model_dir).max_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [("mystery", "Unknown architecture .*'mystery'"), ("t5", "'t5' has an encoder and a decoder")],
+)
+def test_architectures_we_cannot_run_are_refused(model_dir, model_type, message):
+    (model_dir / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ConfigError, match=message):
+        load_spec(model_dir)
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_a_model_with_its_own_code_is_refused(model_dir, file):
     edit_json(model_dir / file, auto_map={"AutoModel": "modeling.Evil"})

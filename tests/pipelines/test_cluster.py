@@ -4,11 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from qbatch.models.embedder import EmbedderConfig
+from qbatch.models.tokenization import TextTokenizer
 from qbatch.pipelines import cluster
 from qbatch.pipelines.cluster import plan_pool
+from qbatch.schema import vector_matrix
+from qbatch.tables import open_vectors
 from tests.processes import ROOT
 
 
@@ -59,6 +65,7 @@ def test_two_actors_hold_one_declared_gpu_each(tiny_model, tmp_path):
         "input": str(tmp_path / "*.jsonl"),
         "output": str(tmp_path / "out"),
         "model": tiny_model,
+        "dtype": "float32",
         "min_actors": 2,
         "unit_bytes": 700,
     }
@@ -73,3 +80,10 @@ def test_two_actors_hold_one_declared_gpu_each(tiny_model, tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["fewest_free"] == 0
     assert result["summary"]["passages"] == 160
+    table = open_vectors(str(tmp_path / "out")).to_table(["doc_id", "vector"])
+    texts = [f"text {doc_id}" for doc_id in table["doc_id"].to_pylist()]
+    tokens = TextTokenizer.load(Path(tiny_model)).encode(texts)
+    expected = EmbedderConfig(model_path=Path(tiny_model), dtype="float32").build()
+    np.testing.assert_allclose(
+        vector_matrix(table["vector"]), expected.embed(tokens.ids, tokens.lengths), atol=1e-5
+    )
