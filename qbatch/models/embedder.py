@@ -65,13 +65,17 @@ class EmbedderConfig:
                 f"dim is out of range: {dim}; the model in {spec.path} gives 1 to "
                 f"{spec.hidden_dim}. Lower dim."
             )
-        if self.num_threads is not None:
-            torch.set_num_threads(self.num_threads)
         device = resolve_device(self.device)
         dtype = getattr(torch, resolve_dtype(self.dtype, device))
         backbone = load_backbone(spec, dtype, device)
         default = _GPU_TOKEN_BUDGET if device.type == "cuda" else _CPU_TOKEN_BUDGET[dtype]
-        return Embedder(backbone, spec, dim=dim, token_budget=self.token_budget or default)
+        return Embedder(
+            backbone,
+            spec,
+            dim=dim,
+            token_budget=self.token_budget or default,
+            num_threads=self.num_threads,
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,8 +96,17 @@ class EmbedStats:
 class Embedder:
     """Embeds texts given as token ids, in any order and number."""
 
-    def __init__(self, backbone: Backbone, spec: ModelSpec, *, dim: int, token_budget: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        spec: ModelSpec,
+        *,
+        dim: int,
+        token_budget: int,
+        num_threads: int | None = None,
+    ) -> None:
         """Wire up the parts; ``EmbedderConfig.build`` is the way to get one."""
+        self._num_threads = num_threads
         self.spec = spec
         self.dim = dim
         self.stats = EmbedStats()
@@ -129,6 +142,9 @@ class Embedder:
         if len(lengths) == 0:
             return np.empty((0, self.dim), np.float32)
         started = time.perf_counter()
+        if self._num_threads is not None:
+            # OpenMP keeps the number per calling thread, and actors call from other threads.
+            torch.set_num_threads(self._num_threads)
         first, inverse = distinct_texts(ids, lengths)
         packs = plan_packs(lengths[first], self._token_budget)
         order = np.concatenate(packs)

@@ -1,5 +1,6 @@
 import logging
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -318,3 +319,17 @@ def test_the_variable_length_kernel_agrees_with_the_cpu(qwen3_dir, many_texts, r
     embedder = build(qwen3_dir, dtype="bfloat16", device="cuda")
     assert embedder.is_packed
     assert worst_cosine(embed(embedder, many_texts), reference) >= 0.98
+
+
+def test_the_number_of_threads_holds_in_whatever_thread_calls(qwen3_dir):
+    embedder = EmbedderConfig(model_path=qwen3_dir, dtype="float32", num_threads=3).build()
+    ids, lengths = np.array([5, 151643], np.int32), np.array([2], np.int32)
+
+    def threads_after_embedding() -> int:
+        torch.set_num_threads(1)
+        embedder.embed(ids, lengths)
+        return torch.get_num_threads()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(threads_after_embedding).result() == 3
+    torch.set_num_threads(1)
