@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from qbatch.errors import ConfigError
 from qbatch.models.attention import (
@@ -121,6 +122,8 @@ def load_backbone(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
     """
     config = read_config(spec.path)
     config.use_cache = False
+    # A bar for every actor would drown a job's log.
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers'
     model, info = AutoModel.from_pretrained(
         spec.path,
         config=config,
