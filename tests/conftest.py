@@ -2,28 +2,26 @@
 
 import os
 import secrets
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 
 import pytest
 import s3fs
 
+from tests.processes import free_port, wait_for_url
+
 
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a real HTTP S3 server in its own process; AWS_* variables point every client at it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = (tmp_path_factory.mktemp("s3") / "server.log").open("wb")
+    port = free_port()
+    log = tmp_path_factory.mktemp("s3") / "server.log"
+    output = log.open("wb")
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=log,
-        stderr=log,
+        stdout=output,
+        stderr=output,
     )
     url = f"http://127.0.0.1:{port}"
     settings = {
@@ -35,23 +33,13 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
-        _wait_until_answering(url)
+        wait_for_url(f"{url}/moto-api/data.json", log)
         yield url
     finally:
         server.kill()
         server.wait()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def _wait_until_answering(url: str) -> None:
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(f"{url}/moto-api/data.json", timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise TimeoutError(f"the S3 server at {url} did not start")
 
 
 @pytest.fixture

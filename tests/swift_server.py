@@ -6,13 +6,12 @@ rings of one device; runs as root or as a user who may write the given directory
 
 import os
 import shutil
-import socket
 import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from tests.processes import free_port, wait_for_url
 
 PROGRAMS = (
     "swift-proxy-server",
@@ -74,9 +73,7 @@ def swift_server(root: Path) -> Iterator[str]:
     user = os.environ.get("USER", "root")
     (root / "devices" / "d1").mkdir(parents=True)
     (root / "swift.conf").write_text("[swift-hash]\nswift_hash_path_suffix = test\n")
-    ports = {
-        name: _free_port() for name in ("account", "container", "object", "proxy", "memcached")
-    }
+    ports = {name: free_port() for name in ("account", "container", "object", "proxy", "memcached")}
     for kind in ("account", "container", "object"):
         _build_ring(root, kind, ports[kind])
         conf = _STORE.format(port=ports[kind], root=root, kind=kind, user=user)
@@ -95,7 +92,7 @@ def swift_server(root: Path) -> Iterator[str]:
         for command in commands:
             stack.enter_context(_running(command, environment, root / "log"))
         url = f"http://127.0.0.1:{ports['proxy']}"
-        _wait_until_healthy(url, root / "log")
+        wait_for_url(f"{url}/healthcheck", root / "log")
         yield url
 
 
@@ -121,19 +118,3 @@ def _build_ring(root: Path, kind: str, port: int) -> None:
         subprocess.run(
             command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""}
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait_until_healthy(url: str, log: Path) -> None:
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(f"{url}/healthcheck", timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise TimeoutError(f"Swift did not start:\n{log.read_text(errors='replace')[-3000:]}")

@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qbatch.tables import open_vectors
-from tests.processes import ROOT
+from tests.processes import ROOT, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -45,12 +44,6 @@ def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
     finally:
         head.terminate()  # --block takes its own processes down with it
         head.wait(timeout=60)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for_dashboard(environment: dict[str, str], log: Path) -> None:
