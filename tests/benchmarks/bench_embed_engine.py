@@ -59,7 +59,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         models = {"qwen3": Path(folder), "minilm": require("minilm")}
-        make_qwen3(models["qwen3"], options.layers)
+        if "qwen3" in options.models:
+            make_qwen3(models["qwen3"], options.layers)
         print(HEADER)
         for name, dtype in CASES:
             if name in options.models and dtype in options.dtypes:
