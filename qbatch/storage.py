@@ -101,9 +101,7 @@ class Storage:
                 raise ObjectExistsError(f"{self.object_uri(path)} exists already") from error
 
     def _create_alone(self, path: str, data: bytes) -> None:
-        # A LIST: some stores without conditional PUT answer a HEAD of nothing with broken HTTP.
-        directory, _, _ = path.rpartition("/")
-        if any(found.path == path for found in self.iter_objects(directory)):
+        if self._backend.exists(self._absolute(path)):
             raise FileExistsError(path)
         self._backend.write(self._absolute(path), data)
 
@@ -117,6 +115,11 @@ class Storage:
         with _named_errors("stat", self.object_uri(path)):
             size, version = self._backend.info(self._absolute(path))
         return ObjectInfo(self.object_uri(path), path, size, version)
+
+    def exists(self, path: str) -> bool:
+        """Tell whether there is an object of that name."""
+        with _named_errors("look for", self.object_uri(path)):
+            return self._backend.exists(self._absolute(path))
 
     def delete(self, path: str) -> None:
         """Remove one object; an absent one is no error."""
@@ -238,6 +241,7 @@ class _Backend(Protocol):
     def create(self, path: str, data: bytes) -> None: ...
     def open(self, path: str) -> BinaryIO: ...
     def info(self, path: str) -> tuple[int, str]: ...
+    def exists(self, path: str) -> bool: ...
     def delete(self, path: str) -> None: ...
     def iter_objects(self, base: str) -> Iterator[tuple[str, int, str]]: ...
 
@@ -278,6 +282,9 @@ class _LocalBackend:
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(f"{path} is not a file")
         return status.st_size, str(status.st_mtime_ns)
+
+    def exists(self, path: str) -> bool:
+        return os.path.isfile(path)
 
     def delete(self, path: str) -> None:
         Path(path).unlink(missing_ok=True)
@@ -333,6 +340,14 @@ class _FsspecBackend:
         if entry["type"] != "file":
             raise FileNotFoundError(path)
         return int(entry["size"]), _entry_version(entry)
+
+    def exists(self, path: str) -> bool:
+        if self._scheme != "s3":
+            return bool(self._fs.isfile(path))
+        # A LIST and no HEAD: some stores answer a HEAD of nothing with broken HTTP.
+        bucket, _, key = path.partition("/")
+        page = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+        return any(entry["Key"] == key for entry in page.get("Contents", ()))
 
     def delete(self, path: str) -> None:
         try:

@@ -52,7 +52,7 @@ def _names_objects(uri: str) -> bool:
 
 
 def _is_saved_dataset(storage: Storage) -> bool:
-    return any(all(_exists(storage, name) for name in names) for names in _SAVED_DATASETS)
+    return any(all(storage.exists(name) for name in names) for names in _SAVED_DATASETS)
 
 
 def iter_corpus_objects(config: CorpusConfig) -> Iterator[ObjectInfo]:
@@ -129,16 +129,8 @@ def _class_or_literal(piece: str) -> str:
     return f"[^{body[1:]}]" if body.startswith("!") else f"[{body}]"
 
 
-def _exists(storage: Storage, name: str) -> bool:
-    try:
-        storage.info(name)
-    except FileNotFoundError:
-        return False
-    return True
-
-
 def _first_existing(storage: Storage, names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if _exists(storage, name)), None)
+    return next((name for name in names if storage.exists(name)), None)
 
 
 def _beir_corpus(config: CorpusConfig) -> ObjectInfo:

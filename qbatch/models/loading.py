@@ -1,4 +1,4 @@
-"""Where a model lies and what its files say: pure reading, no weights, no code from the model."""
+"""What a model directory says: pure reading, no weights, no code from the model."""
 
 import hashlib
 import json
@@ -8,25 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from qbatch.errors import ConfigError
 
 Pooling = Literal["last", "mean", "cls"]
 
-PINNED_REVISIONS = {
-    "Qwen/Qwen3-Embedding-0.6B": "b22da495047858cce924d27d76261e96be6febc0",
-    "Qwen/Qwen3-Embedding-4B": "636cd9bf47d976946cdbb2b0c3ca0cb2f8eea5ff",
-    "Qwen/Qwen3-Embedding-8B": "4e423935c619ae4df87b646a3ce949610c66241c",
-    "Qwen/Qwen3-Reranker-0.6B": "6e9e69830b95c52b5fd889b7690dda3329508de3",
-    "Qwen/Qwen3-Reranker-4B": "f16fc5d5d2b9b1d0db8280929242745d79794ef5",
-    "Qwen/Qwen3-Reranker-8B": "5fa94080caafeaa45a15d11f969d7978e087a3db",
-}
-"""The revisions mteb measured; used when the user names none."""
-
-_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model"]
 _POOLINGS: dict[str, Pooling] = {"lasttoken": "last", "mean": "mean", "cls": "cls"}
 _LEGACY_POOLINGS = {
     "pooling_mode_cls_token": "cls",
@@ -44,6 +31,8 @@ class ModelSpec:
 
     path: Path
     """Directory of config.json, weights and tokenizer."""
+    subfolder: str
+    """Where ``path`` lies inside the model directory; "" is the directory itself."""
     architecture: str
     """``model_type`` of config.json, such as ``qwen3`` or ``bert``."""
     hidden_dim: int
@@ -58,37 +47,6 @@ class ModelSpec:
     prompts: Mapping[str, str]
     """Prompt strings by name, as stored beside the model."""
     tokenizer_sha256: str
-
-
-def resolve_model(model: str, revision: str | None = None) -> Path:
-    """Return the local directory of a model, downloading a hub model once.
-
-    Args:
-        model: A directory, or a hub id such as ``Qwen/Qwen3-Embedding-0.6B``.
-        revision: Commit of a hub id; None means the pinned one of a known model.
-
-    Raises:
-        ConfigError: Neither a directory nor a hub model that can be had, or an unpinned hub id.
-    """
-    if Path(model).is_dir():
-        return Path(model)
-    revision = revision or PINNED_REVISIONS.get(model)
-    if revision is None:
-        raise ConfigError(
-            f"No model directory and no pinned hub model: {model!r}. Allowed: a local directory, "
-            f"one of {sorted(PINNED_REVISIONS)}, or any other hub id with its commit as revision."
-        )
-    return _download(model, revision)
-
-
-def _download(model: str, revision: str) -> Path:
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as e:
-        raise ConfigError(
-            f"The model hub did not deliver {model!r} at revision {revision!r}: {e}. Check the "
-            "name, the revision and HF_TOKEN, or give a local directory."
-        ) from e
 
 
 def load_spec(path: Path) -> ModelSpec:
@@ -107,6 +65,7 @@ def load_spec(path: Path) -> ModelSpec:
     sentence = _read_json(path / "config_sentence_transformers.json", default={})
     return ModelSpec(
         path=root,
+        subfolder=modules["Transformer"] if modules else "",
         architecture=config.model_type,
         hidden_dim=config.hidden_size,
         max_tokens=_max_tokens(root, config, tokenizer_config),

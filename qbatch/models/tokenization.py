@@ -12,12 +12,38 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from qbatch.errors import ConfigError
-from qbatch.models.loading import ModelSpec, load_spec
 
 QWEN3_END = "<|endoftext|>"
 """What Qwen3-Embedding reads its vector at (id 151643); ``tokenizer.eos_token`` is another one."""
 
 _BATCH_TEXTS = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerSpec:
+    """What a tokenizer needs to know of its model; it travels to processes without torch."""
+
+    subfolder: str
+    """Where tokenizer.json lies inside the model directory."""
+    vocab_rows: int
+    """No token id may reach this."""
+    max_tokens: int
+    """Longest text the model takes, special tokens included."""
+    appends_end: bool
+    """Whether ``QWEN3_END`` must stand after every text."""
+
+    @classmethod
+    def of_model(cls, path: Path) -> "TokenizerSpec":
+        """Read the model directory; this loads transformers, the tokenizer itself does not."""
+        from qbatch.models.loading import load_spec  # noqa: PLC0415 - see above
+
+        spec = load_spec(path)
+        return cls(
+            subfolder=spec.subfolder,
+            vocab_rows=spec.vocab_rows,
+            max_tokens=spec.max_tokens,
+            appends_end=spec.architecture == "qwen3" and spec.pooling == "last",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,18 +69,21 @@ class TextTokenizer:
         self._tokenizer = tokenizer
 
     @classmethod
-    def load(cls, path: Path, max_tokens: int | None = None) -> "TextTokenizer":
+    def load(
+        cls, path: Path, max_tokens: int | None = None, spec: TokenizerSpec | None = None
+    ) -> "TextTokenizer":
         """Read the tokenizer of a model directory.
 
         Args:
             path: What ``resolve_model`` returned.
             max_tokens: Longest text, special tokens included; None means the model's own limit.
+            spec: Of this model, if known already; None reads it.
 
         Raises:
             ConfigError: ``max_tokens`` is out of range, or the directory is unusable.
         """
-        spec = load_spec(path)
-        tokenizer = _read_tokenizer(spec)
+        spec = spec or TokenizerSpec.of_model(path)
+        tokenizer = _read_tokenizer(path / spec.subfolder, spec)
         special = tokenizer.num_special_tokens_to_add(is_pair=False)
         max_tokens = spec.max_tokens if max_tokens is None else max_tokens
         if not special < max_tokens <= spec.max_tokens:
@@ -93,23 +122,22 @@ class TextTokenizer:
         return np.fromiter(map(len, chain.from_iterable(batches)), np.int32, len(texts))
 
 
-def _read_tokenizer(spec: ModelSpec) -> Tokenizer:
-    tokenizer = _within_rows(spec)
+def _read_tokenizer(folder: Path, spec: TokenizerSpec) -> Tokenizer:
+    tokenizer = _within_rows(folder / "tokenizer.json", spec)
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    if spec.architecture == "qwen3" and spec.pooling == "last":
-        _append_end(tokenizer, spec.path)
+    if spec.appends_end:
+        _append_end(tokenizer, folder)
     return tokenizer
 
 
-def _within_rows(spec: ModelSpec) -> Tokenizer:
+def _within_rows(file: Path, spec: TokenizerSpec) -> Tokenizer:
     """Read tokenizer.json, leaving out added tokens that the model has no row for.
 
     Qwen3-Embedding 4B and 8B have 151,665 rows; tokens such as ``<think>`` lie beyond and become
     plain text. Everything else beyond the rows is an error.
     """
-    file = spec.path / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
     if _largest_id(tokenizer) < spec.vocab_rows:
         return tokenizer

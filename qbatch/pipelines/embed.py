@@ -25,8 +25,10 @@ from qbatch.corpus.units import plan_units
 from qbatch.errors import BadInputError, ConfigError, IntegrityError
 from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish
 from qbatch.models.embedder import resolve_device, resolve_dtype
-from qbatch.models.loading import ModelSpec, load_spec, resolve_model, weights_sha256
+from qbatch.models.hub import resolve_model
+from qbatch.models.loading import ModelSpec, load_spec, weights_sha256
 from qbatch.models.prompts import document_prompt, query_prompt
+from qbatch.models.tokenization import TokenizerSpec
 from qbatch.pipelines.cluster import (
     MAX_RETRIES,
     PoolPlan,
@@ -233,6 +235,7 @@ def make_task(config: EmbedCorpusConfig, spec: ModelSpec, dtype: ComputeDtype) -
         output=config.output,
         model=config.model,
         revision=config.revision,
+        tokenizer=TokenizerSpec.of_model(resolve_model(config.model, config.revision)),
         prompt=_prompt(config, spec),
         max_tokens=max_tokens,
         overlap_tokens=config.overlap_tokens,

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from qbatch.models.embedder import Embedder, EmbedderConfig, EmbedStats
-from qbatch.models.loading import resolve_model
+from qbatch.models.hub import resolve_model
 from qbatch.pipelines.embed_task import EmbedTask, unit_row, unit_table
 from qbatch.schema import vector_array
 

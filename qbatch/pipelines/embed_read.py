@@ -8,8 +8,8 @@ import pyarrow as pa
 from qbatch.corpus.passages import split_and_tokenize
 from qbatch.corpus.reading import read_unit
 from qbatch.corpus.spans import Unit
-from qbatch.models.loading import resolve_model
-from qbatch.models.tokenization import TextTokenizer
+from qbatch.models.hub import resolve_model
+from qbatch.models.tokenization import TextTokenizer, TokenizerSpec
 from qbatch.pipelines.embed_task import EmbedTask, unit_row
 
 
@@ -33,7 +33,7 @@ def tokenize(documents: pa.Table, task: EmbedTask) -> pa.Table:
     """Split and tokenize validated documents: schema.PASSAGES and the kept columns."""
     return split_and_tokenize(
         documents,
-        _tokenizer(task.model, task.revision, task.max_tokens),
+        _tokenizer(task.model, task.revision, task.tokenizer, task.max_tokens),
         max_tokens=task.max_tokens,
         overlap_tokens=task.overlap_tokens,
         prompt=task.prompt,
@@ -41,5 +41,7 @@ def tokenize(documents: pa.Table, task: EmbedTask) -> pa.Table:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(model: str, revision: str | None, max_tokens: int) -> TextTokenizer:
-    return TextTokenizer.load(resolve_model(model, revision), max_tokens)
+def _tokenizer(
+    model: str, revision: str | None, spec: TokenizerSpec, max_tokens: int
+) -> TextTokenizer:
+    return TextTokenizer.load(resolve_model(model, revision), max_tokens, spec)

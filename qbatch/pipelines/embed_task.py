@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from qbatch.corpus.config import CorpusConfig
 from qbatch.manifest import fingerprint_id
+from qbatch.models.tokenization import TokenizerSpec
 from qbatch.schema import ComputeDtype, VectorDtype
 
 
@@ -25,6 +26,7 @@ class EmbedTask:
     model: str
     """Directory or hub id; each process resolves it where it runs."""
     revision: str | None
+    tokenizer: TokenizerSpec
     prompt: str
     """Put before every passage."""
     max_tokens: int

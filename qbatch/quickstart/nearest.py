@@ -20,7 +20,8 @@ import numpy as np
 
 from qbatch.errors import QbatchError
 from qbatch.models.embedder import EmbedderConfig
-from qbatch.models.loading import load_spec, resolve_model
+from qbatch.models.hub import resolve_model
+from qbatch.models.loading import load_spec
 from qbatch.models.prompts import query_prompt
 from qbatch.models.tokenization import TextTokenizer
 from qbatch.schema import vector_matrix

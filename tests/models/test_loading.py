@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from qbatch.errors import ConfigError
-from qbatch.models.loading import load_spec, resolve_model, weights_sha256
+from qbatch.models.hub import resolve_model
+from qbatch.models.loading import load_spec, weights_sha256
 from tests import assets
 from tests.models.conftest import write_modules
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qbatch.corpus.config import CorpusConfig
+from qbatch.models.tokenization import TokenizerSpec
 from qbatch.pipelines.embed_task import EmbedTask
 from qbatch.pipelines.embed_write import vectors_table
 from qbatch.pipelines.unit_files import write_unit_file
@@ -25,6 +26,7 @@ TASK = EmbedTask(
     output="",
     model="",
     revision=None,
+    tokenizer=TokenizerSpec(subfolder="", vocab_rows=1, max_tokens=8, appends_end=False),
     prompt="",
     max_tokens=8,
     overlap_tokens=0,
