@@ -54,7 +54,8 @@ def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
     texts = read_texts(options.texts, options.num_texts)
-    machine = describe_machine(options, len(texts))
+    clock = "CPU time" if options.cpu_time else "wall time"
+    machine = describe_machine(options.threads, len(texts), clock)
     print(machine)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -236,14 +237,14 @@ def texts_of(lines: list[str]) -> Iterator[str]:
         yield row.get("text") or row["body"]
 
 
-def describe_machine(options: argparse.Namespace, num_texts: int) -> str:
+def describe_machine(threads: int, num_texts: int, clock: str = "wall time") -> str:
     cpus = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     names = [line.partition(": ")[2] for line in cpus.splitlines() if "model name" in line]
     parts = [
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         names[0] if names else platform.processor(),
-        f"{options.threads} threads",
-        "CPU time" if options.cpu_time else "wall time",
+        f"{threads} threads",
+        clock,
         f"load {os.getloadavg()[0]:.1f}",
         f"torch {torch.__version__}",
         f"transformers {transformers.__version__}",

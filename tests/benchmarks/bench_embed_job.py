@@ -34,7 +34,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = require("minilm")
     texts = read_texts(None, options.num_texts)
-    print(describe_machine(options.threads, len(texts)))
+    machine = describe_machine(options.threads, len(texts))
+    print(machine)
     print(
         f"{'engine tok/s':>14}{'job tok/s':>12}{'share':>8}{'whole tok/s':>13}{'whole share':>13}"
     )
@@ -47,7 +48,7 @@ def main() -> None:
     print("medians")
     print_row(medians)
     if options.json:
-        options.json.write_text(json.dumps({"machine": describe_machine(0, 0), "rows": rows}))
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}))
 
 
 def parse_options() -> argparse.Namespace:
