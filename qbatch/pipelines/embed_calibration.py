@@ -37,10 +37,8 @@ def with_calibration(
         pool: What an actor holds; the sample is embedded with the same.
     """
     path = f"calibrations/{fingerprint_id(fingerprint)}.json"
-    try:
+    if storage.exists(path):
         return _stored(task, storage, path)
-    except FileNotFoundError:
-        pass
     measure = ray.remote(num_cpus=pool.cpus_per_actor, num_gpus=pool.gpus_per_actor)(_measure)
     units = sample_evenly(plan_units(task.corpus), _SAMPLE_UNITS)
     scales = ray.get(measure.remote(task, units, pool.threads_per_actor))
