@@ -1,4 +1,6 @@
-"""Stable codes that say why a row or an object was not read; they appear in rejects and counts."""
+"""Stable codes that say why a row or an object was not embedded, in rejects and counts."""
+
+from collections.abc import Mapping
 
 CORRUPT_FILE = "corrupt_file"
 EMPTY_FILE = "empty_file"
@@ -14,6 +16,8 @@ LINE_TOO_LONG = "line_too_long"
 NOT_AN_OBJECT = "not_an_object"
 NULL_TEXT = "null_text"
 TEXT_TYPE = "text_type"
+NON_FINITE_VECTOR = "non_finite_vector"
+"""The model gave NaN or infinity for a passage; its whole document is rejected."""
 
 FILE_REASONS = frozenset(
     {CORRUPT_FILE, EMPTY_FILE, MISSING_TEXT_COLUMN, TEXT_COLUMN_TYPE, TRUNCATED_STREAM}
@@ -22,3 +26,8 @@ FILE_REASONS = frozenset(
 
 DROPPED_REASONS = frozenset({EMPTY_TEXT})
 """Reasons that follow a rule and are not faults: such rows never fail a job."""
+
+
+def num_row_rejects(rejected: Mapping[str, int]) -> int:
+    """Return how many rows stand behind counts by reason; faults of whole objects are no rows."""
+    return sum(n for reason, n in rejected.items() if reason not in FILE_REASONS)

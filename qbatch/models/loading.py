@@ -11,6 +11,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from qbatch.errors import ConfigError
+from qbatch.models.tokenization import TokenizerSpec
 
 Pooling = Literal["last", "mean", "cls"]
 
@@ -47,6 +48,16 @@ class ModelSpec:
     prompts: Mapping[str, str]
     """Prompt strings by name, as stored beside the model."""
     tokenizer_sha256: str
+
+    @property
+    def tokenizer(self) -> TokenizerSpec:
+        """What processes that only tokenize need to know."""
+        return TokenizerSpec(
+            subfolder=self.subfolder,
+            vocab_rows=self.vocab_rows,
+            max_tokens=self.max_tokens,
+            appends_end=self.architecture == "qwen3" and self.pooling == "last",
+        )
 
 
 def load_spec(path: Path) -> ModelSpec:

@@ -32,19 +32,6 @@ class TokenizerSpec:
     appends_end: bool
     """Whether ``QWEN3_END`` must stand after every text."""
 
-    @classmethod
-    def of_model(cls, path: Path) -> "TokenizerSpec":
-        """Read the model directory; this loads transformers, the tokenizer itself does not."""
-        from qbatch.models.loading import load_spec  # noqa: PLC0415 - see above
-
-        spec = load_spec(path)
-        return cls(
-            subfolder=spec.subfolder,
-            vocab_rows=spec.vocab_rows,
-            max_tokens=spec.max_tokens,
-            appends_end=spec.architecture == "qwen3" and spec.pooling == "last",
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBatch:
@@ -82,7 +69,7 @@ class TextTokenizer:
         Raises:
             ConfigError: ``max_tokens`` is out of range, or the directory is unusable.
         """
-        spec = spec or TokenizerSpec.of_model(path)
+        spec = spec or _read_spec(path)
         tokenizer = _read_tokenizer(path / spec.subfolder, spec)
         special = tokenizer.num_special_tokens_to_add(is_pair=False)
         max_tokens = spec.max_tokens if max_tokens is None else max_tokens
@@ -120,6 +107,12 @@ class TextTokenizer:
         """Return the tokens of each bare text before truncation: int32, shape (texts,)."""
         batches = _encode_batches(self.backend, texts)
         return np.fromiter(map(len, chain.from_iterable(batches)), np.int32, len(texts))
+
+
+def _read_spec(path: Path) -> TokenizerSpec:
+    from qbatch.models.loading import load_spec  # noqa: PLC0415 - loads transformers
+
+    return load_spec(path).tokenizer
 
 
 def _read_tokenizer(folder: Path, spec: TokenizerSpec) -> Tokenizer:

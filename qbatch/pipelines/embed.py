@@ -20,7 +20,7 @@ from ray.data import ActorPoolStrategy
 from qbatch.cli import IntList, StrList
 from qbatch.corpus.config import CorpusConfig, Format
 from qbatch.corpus.listing import resolve_config
-from qbatch.corpus.reasons import DROPPED_REASONS, FILE_REASONS
+from qbatch.corpus.reasons import DROPPED_REASONS, num_row_rejects
 from qbatch.corpus.units import plan_units
 from qbatch.errors import BadInputError, ConfigError, IntegrityError
 from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish
@@ -28,7 +28,6 @@ from qbatch.models.embedder import resolve_device, resolve_dtype
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import ModelSpec, load_spec, weights_sha256
 from qbatch.models.prompts import document_prompt, query_prompt
-from qbatch.models.tokenization import TokenizerSpec
 from qbatch.pipelines.cluster import (
     MAX_RETRIES,
     PoolPlan,
@@ -235,7 +234,7 @@ def make_task(config: EmbedCorpusConfig, spec: ModelSpec, dtype: ComputeDtype) -
         output=config.output,
         model=config.model,
         revision=config.revision,
-        tokenizer=TokenizerSpec.of_model(resolve_model(config.model, config.revision)),
+        tokenizer=spec.tokenizer,
         prompt=_prompt(config, spec),
         max_tokens=max_tokens,
         overlap_tokens=config.overlap_tokens,
@@ -347,13 +346,13 @@ def check_bad_input(counts: Mapping[str, Any], config: EmbedCorpusConfig) -> Non
         IntegrityError: Rows are missing.
     """
     rejected = counts["rejected"]
-    num_rejected = sum(n for reason, n in rejected.items() if reason not in FILE_REASONS)
+    num_rejected = num_row_rejects(rejected)
     if counts["rows_in"] != counts["rows_embedded"] + num_rejected:
         raise IntegrityError(
             f"{counts['rows_in']} rows in, but {counts['rows_embedded']} embedded and "
             f"{num_rejected} rejected; nothing was published. This is a bug: report it"
         )
-    bad_files = sum(n for reason, n in rejected.items() if reason in FILE_REASONS)
+    bad_files = sum(rejected.values()) - num_rejected
     bad_rows = num_rejected - sum(rejected.get(reason, 0) for reason in DROPPED_REASONS)
     kept = "nothing was published, finished units are kept, and the rejects files say which"
     if bad_files > config.max_bad_files:

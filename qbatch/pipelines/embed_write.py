@@ -10,16 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qbatch.corpus.reasons import FILE_REASONS
+from qbatch.corpus.reasons import NON_FINITE_VECTOR, num_row_rejects
 from qbatch.errors import BadInputError, IntegrityError
 from qbatch.models.vectors import quantize, truncate_normalise
 from qbatch.pipelines.embed_task import EmbedTask, unit_table
 from qbatch.pipelines.unit_files import write_rejects, write_unit_file
 from qbatch.schema import PASSAGES, REJECTS, vector_array, vector_matrix, vectors_schema
 from qbatch.storage import Storage
-
-NON_FINITE = "non_finite_vector"
-"""The model gave NaN or infinity for a passage; its whole document is rejected."""
 
 _NORM_TOLERANCE = 1e-3
 
@@ -66,9 +63,11 @@ def _reject_non_finite(
     lost = set(zip(bad["object_uri"].to_pylist(), bad["row"].to_pylist(), strict=True))
     keep = np.fromiter((key not in lost for key in keys), bool, len(passages))
     if task.corpus.on_bad_row == "quarantine":
-        found = pa.Table.from_pylist([{**row, "reason": NON_FINITE} for row in bad.to_pylist()])
+        found = pa.Table.from_pylist(
+            [{**row, "reason": NON_FINITE_VECTOR} for row in bad.to_pylist()]
+        )
         rejects = pa.concat_tables([rejects, _conform(found, REJECTS)])
-    rejected = Counter({f"rejected:{NON_FINITE}": len(lost)})
+    rejected = Counter({f"rejected:{NON_FINITE_VECTOR}": len(lost)})
     return passages.filter(pa.array(keep)), matrix[keep], rejects, rejected
 
 
@@ -99,7 +98,7 @@ def unit_counts(passages: pa.Table, notes: Mapping[str, int], rows_in: int) -> d
     rejected = {
         k.removeprefix("rejected:"): v for k, v in notes.items() if k.startswith("rejected:")
     }
-    row_rejects = sum(n for reason, n in rejected.items() if reason not in FILE_REASONS)
+    row_rejects = num_row_rejects(rejected)
     # Passages of one document lie side by side, so that index 0 stands for the document.
     embedded = pc.sum(pc.equal(passages["passage_index"], 0)).as_py() or 0
     if rows_in != embedded + row_rejects:
