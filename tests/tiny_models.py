@@ -38,22 +38,29 @@ def write_tiny_encoder(directory: Path, *, seed: int = 0, hidden_size: int = 32)
         max_position_embeddings=128,
     )
     BertModel(config).eval().save_pretrained(directory)
-    _write_json(directory / "modules.json", [_module(0, "", "Transformer"), _pooling_module()])
-    (directory / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": hidden_size, "pooling_mode_mean_tokens": True}
-    _write_json(directory / "1_Pooling" / "config.json", pooling)
+    write_modules(
+        directory, {"word_embedding_dimension": hidden_size, "pooling_mode_mean_tokens": True}
+    )
     _write_json(
         directory / "sentence_bert_config.json", {"max_seq_length": 128, "do_lower_case": False}
     )
     return directory
 
 
-def _pooling_module() -> dict:
-    return _module(1, "1_Pooling", "Pooling")
-
-
-def _module(i: int, path: str, kind: str) -> dict:
-    return {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+def write_modules(path: Path, pooling: dict, names: tuple[str, ...] = ()) -> None:
+    """Write the sentence-transformers files of a Transformer, a Pooling and further modules."""
+    modules = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": f"{i}_{name}" if i else "",
+            "type": f"sentence_transformers.models.{name}",
+        }
+        for i, name in enumerate(("Transformer", "Pooling", *names))
+    ]
+    _write_json(path / "modules.json", modules)
+    (path / "1_Pooling").mkdir(exist_ok=True)
+    _write_json(path / "1_Pooling" / "config.json", pooling)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -39,6 +39,7 @@ from transformers import AutoModel, Qwen3Config, Qwen3Model
 from qbatch.models.embedder import EmbedderConfig
 from qbatch.models.tokenization import TextTokenizer
 from qbatch.quickstart import assets
+from tests.tiny_models import write_modules
 
 MAX_TOKENS = 512
 CASES = [
@@ -203,16 +204,8 @@ def make_qwen3(path: Path, num_layers: int) -> None:
     tokenizer.save(str(path / "tokenizer.json"))
     settings = (source / "tokenizer_config.json").read_text()
     (path / "tokenizer_config.json").write_text(settings)
-    names = ["Transformer", "Pooling", "Normalize"]
-    folders = ["", "1_Pooling", "2_Normalize"]
-    modules = [
-        {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{name}"}
-        for i, (name, folder) in enumerate(zip(names, folders, strict=True))
-    ]
-    (path / "modules.json").write_text(json.dumps(modules))
-    (path / "1_Pooling").mkdir()
     pooling = {"word_embedding_dimension": 1024, "pooling_mode_lasttoken": True}
-    (path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    write_modules(path, pooling, ("Normalize",))
 
 
 def require(name: str) -> Path:

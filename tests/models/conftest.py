@@ -1,6 +1,5 @@
 """Model directories: tiny random weights beside real tokenizers."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 from tests import assets
+from tests.tiny_models import write_modules
 
 MakeQwen3 = Callable[..., Path]
 MakeEncoder = Callable[..., Path]
@@ -93,18 +93,6 @@ def tiny_encoder(cls: type[PreTrainedModel] = BertModel) -> PreTrainedModel:
         initializer_range=0.2,
     )
     return cls(config)
-
-
-def write_modules(path: Path, pooling: dict, names: tuple[str, ...] = ()) -> None:
-    """Write the sentence-transformers files of a Transformer, a Pooling and further modules."""
-    names = ("Transformer", "Pooling", *names)
-    modules = [
-        {"path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
-        for i, name in enumerate(names)
-    ]
-    (path / "modules.json").write_text(json.dumps(modules))
-    (path / "1_Pooling").mkdir(exist_ok=True)
-    (path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
 
 
 def _link(tokenizer: Path, path: Path) -> Path:

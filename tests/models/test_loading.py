@@ -9,7 +9,7 @@ from qbatch.errors import ConfigError
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import load_spec, weights_sha256
 from tests import assets
-from tests.models.conftest import write_modules
+from tests.tiny_models import write_modules
 
 
 @pytest.fixture
