@@ -89,6 +89,27 @@ UNITS = pa.schema(
 """The plan of a generation with the output of every unit; the next night starts from it."""
 
 
+RUN = pa.schema(
+    [
+        pa.field("query_id", pa.large_string(), nullable=False),
+        pa.field("doc_id", pa.large_string(), nullable=False),
+        pa.field("passage_id", pa.large_string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+    ]
+)
+"""Documents found for queries: ranks count from 1 without gaps, higher scores are better."""
+
+QRELS = pa.schema(
+    [
+        pa.field("query_id", pa.large_string(), nullable=False),
+        pa.field("doc_id", pa.large_string(), nullable=False),
+        pa.field("relevance", pa.int32(), nullable=False),
+    ]
+)
+"""Judgements; documents that are not listed are not relevant."""
+
+
 def vector_column_names(dims: Sequence[int]) -> list[str]:
     """Return the column of each width: ``vector`` for the first, ``vector_<dim>`` for the rest."""
     return ["vector" if i == 0 else f"vector_{dim}" for i, dim in enumerate(dims)]
