@@ -7,6 +7,7 @@ gets CommitRaceLostError; nothing is deleted on the way.
 
 import hashlib
 import json
+import logging
 import re
 import secrets
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ import pyarrow.parquet as pq
 from qbatch.errors import CommitRaceLostError, IntegrityError, ObjectExistsError, StorageError
 from qbatch.schema import FILES
 from qbatch.storage import Storage
+
+log = logging.getLogger(__name__)
 
 _DIRECTORY = "manifests"
 _NAME = re.compile(r"manifests/(\d{8})\.json")
@@ -45,6 +48,8 @@ class Generation:
     """schema.FILES of the reject files, ordered by path."""
     plan: Mapping[str, Any] | None = None
     """The one file, as in ``files``, that lists the units of work."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What readers need to know besides: how to search an index, how good it is."""
     single_writer: bool = False
     """The operator vouched for being the only writer, on a store without conditional PUT."""
     number: int = 0
@@ -60,6 +65,7 @@ class Generation:
             and self.files.equals(other.files)
             and self.rejects.equals(other.rejects)
             and self.plan == other.plan
+            and self.details == other.details
         )
 
 
@@ -133,6 +139,16 @@ def publish(storage: Storage, draft: Generation, *, after: int) -> Generation:
     return generation
 
 
+def publish_change(storage: Storage, draft: Generation, current: Generation | None) -> Generation:
+    """Publish a draft after the newest generation, unless that has the same content already."""
+    if current is not None and draft.has_content_of(current):
+        log.info("nothing changed: generation %d stays the newest", current.number)
+        return current
+    published = publish(storage, draft, after=current.number if current else 0)
+    log.info("published generation %d: %s", published.number, storage.uri)
+    return published
+
+
 def _confirm_own(storage: Storage, generation: Generation, failure: Exception | None) -> None:
     path = _manifest_path(generation.number)
     try:
@@ -161,6 +177,7 @@ def _encode(storage: Storage, generation: Generation) -> dict[str, Any]:
         "fingerprint": dict(generation.fingerprint),
         "config": dict(generation.config),
         "counts": dict(generation.counts),
+        "details": dict(generation.details),
         "plan": generation.plan,
         "files": _encode_list(storage, generation, "files"),
         "rejects": _encode_list(storage, generation, "rejects"),
@@ -188,6 +205,7 @@ def _decode(storage: Storage, document: dict[str, Any]) -> Generation:
         fingerprint=document["fingerprint"],
         config=document["config"],
         counts=document["counts"],
+        details=document["details"],
         files=_decode_list(storage, document["files"]),
         rejects=_decode_list(storage, document["rejects"]),
         plan=document["plan"],

@@ -89,6 +89,29 @@ UNITS = pa.schema(
 """The plan of a generation with the output of every unit; the next night starts from it."""
 
 
+PARTS = pa.schema(
+    [
+        pa.field("name", pa.large_string(), nullable=False),  # stays when the content changes
+        *(field for field in FILES),
+    ]
+)
+"""Vectors files with the names by which they keep their place in an index."""
+
+SHARDS = pa.schema(
+    [
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("shard_key", pa.string(), nullable=False),
+        pa.field("row_base", pa.int64(), nullable=False),  # row 0 of the shard, over all shards
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("index", pa.struct(list(FILES)), nullable=False),
+        pa.field("ids", pa.struct(list(FILES)), nullable=False),
+        pa.field("probes", pa.struct(list(FILES)), nullable=False),
+        pa.field("facts", pa.string(), nullable=False),  # JSON, see index.building
+        pa.field("parts", pa.list_(pa.struct(list(PARTS))), nullable=False),  # in row order
+    ]
+)
+"""The plan of an index generation: what each shard holds, and where its files are."""
+
 RUN = pa.schema(
     [
         pa.field("query_id", pa.large_string(), nullable=False),

@@ -6,9 +6,11 @@ of the store is a StorageError that names the object. Each process finds its cre
 they are never passed around.
 """
 
+import io
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,8 @@ SCHEMES = ("file", "s3", "gs", "hf")
 
 _READ_AHEAD_BYTES = 8 * 2**20
 """Less than s3fs's own 50 MiB: spans of an object are read by different processes."""
+
+_COPY_BYTES = 2**20
 
 _STORE_ERRORS = (OSError, BotoCoreError)
 
@@ -83,6 +87,16 @@ class Storage:
         """Make an object appear whole, replacing an older one of the same name."""
         with _named_errors("write", self.object_uri(path)):
             self._backend.write(self._absolute(path), data)
+
+    def upload(self, path: str, file: Path) -> None:
+        """Make the content of a local file appear whole as an object, replacing an older one."""
+        with _named_errors("write", self.object_uri(path)):
+            self._backend.upload(self._absolute(path), file)
+
+    def download(self, path: str, file: Path) -> None:
+        """Copy an object to a local file; FileNotFoundError when absent."""
+        with _named_errors("read", self.object_uri(path)):
+            self._backend.download(self._absolute(path), file)
 
     def create(self, path: str, data: bytes) -> None:
         """Make an object appear whole, only if there is none of that name.
@@ -238,6 +252,8 @@ class _Backend(Protocol):
 
     def read(self, path: str) -> bytes: ...
     def write(self, path: str, data: bytes | memoryview) -> None: ...
+    def upload(self, path: str, file: Path) -> None: ...
+    def download(self, path: str, file: Path) -> None: ...
     def create(self, path: str, data: bytes) -> None: ...
     def open(self, path: str) -> BinaryIO: ...
     def info(self, path: str) -> tuple[int, str]: ...
@@ -252,24 +268,33 @@ class _LocalBackend:
             return file.read()
 
     def write(self, path: str, data: bytes | memoryview) -> None:
-        temporary = self._write_temporary(path, data)
-        os.replace(temporary, path)
+        self._appear(path, io.BytesIO(data))
+
+    def upload(self, path: str, file: Path) -> None:
+        with open(file, "rb") as source:
+            self._appear(path, source)
+
+    def download(self, path: str, file: Path) -> None:
+        shutil.copyfile(path, file)
+
+    def _appear(self, path: str, source: BinaryIO) -> None:
+        os.replace(self._write_temporary(path, source), path)
         _sync_directory(path)
 
     def create(self, path: str, data: bytes) -> None:
-        temporary = self._write_temporary(path, data)
+        temporary = self._write_temporary(path, io.BytesIO(data))
         try:
             os.link(temporary, path)  # fails when the target exists, unlike rename
         finally:
             os.unlink(temporary)
         _sync_directory(path)
 
-    def _write_temporary(self, path: str, data: bytes | memoryview) -> str:
+    def _write_temporary(self, path: str, source: BinaryIO) -> str:
         directory, name = os.path.split(path)
         os.makedirs(directory, exist_ok=True)
         temporary = f"{directory}/.{name}.{secrets.token_hex(4)}.tmp"
         with open(temporary, "xb") as file:
-            file.write(data)
+            shutil.copyfileobj(source, file, _COPY_BYTES)
             file.flush()
             os.fsync(file.fileno())
         return temporary
@@ -326,6 +351,12 @@ class _FsspecBackend:
 
     def write(self, path: str, data: bytes | memoryview) -> None:
         self._fs.pipe_file(path, bytes(data))
+
+    def upload(self, path: str, file: Path) -> None:
+        self._fs.put_file(str(file), path)
+
+    def download(self, path: str, file: Path) -> None:
+        self._fs.get_file(path, str(file))
 
     def create(self, path: str, data: bytes) -> None:
         if not data:  # an empty create over an existing object raises nothing in s3fs

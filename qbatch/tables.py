@@ -4,8 +4,9 @@ table = open_vectors("s3://bucket/vectors")
 for batch in table.iter_tables(columns=["doc_id", "vector"]): ...
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +32,7 @@ class PublishedTable:
     def iter_tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the content of each file in path order, its sha256 checked before it is parsed."""
         for entry in self.generation.files.to_pylist():
-            yield self._read(entry, columns)
+            yield self.read_file(entry, columns)
 
     def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return all rows at once; for tables that fit in memory."""
@@ -39,10 +40,11 @@ class PublishedTable:
 
     def rejects(self) -> pa.Table:
         """Return the rejected rows of the generation, schema.REJECTS."""
-        tables = [self._read(entry, None) for entry in self.generation.rejects.to_pylist()]
+        tables = [self.read_file(entry) for entry in self.generation.rejects.to_pylist()]
         return pa.concat_tables(tables) if tables else REJECTS.empty_table()
 
-    def _read(self, entry: dict[str, str], columns: Sequence[str] | None) -> pa.Table:
+    def read_file(self, entry: Mapping[str, Any], columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the content of one listed file after checking its sha256."""
         source = pa.BufferReader(read_verified(self.storage, entry))
         return pq.read_table(source, columns=None if columns is None else list(columns))
 

@@ -23,7 +23,7 @@ from qbatch.corpus.listing import resolve_config
 from qbatch.corpus.reasons import DROPPED_REASONS, num_row_rejects
 from qbatch.corpus.units import plan_units
 from qbatch.errors import BadInputError, ConfigError, IntegrityError
-from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish
+from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish_change
 from qbatch.models.embedder import resolve_device, resolve_dtype
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import ModelSpec, load_spec, weights_sha256
@@ -184,7 +184,7 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
         rejects=_listed_rejects(outputs),
         plan=write_units(storage, plan, outputs),
     )
-    published = _publish_change(storage, draft, current)
+    published = publish_change(storage, draft, current)
     summary = {
         "generation": published.number,
         "rows_in": counts["rows_in"],
@@ -375,12 +375,3 @@ def _listed(outputs: pa.Table) -> pa.Table:
 def _listed_rejects(outputs: pa.Table) -> pa.Table:
     structs = outputs["rejects"].combine_chunks().drop_null()
     return pa.table([structs.field(name) for name in FILES.names], schema=FILES).sort_by("path")
-
-
-def _publish_change(storage: Storage, draft: Generation, current: Generation | None) -> Generation:
-    if current is not None and draft.has_content_of(current):
-        log.info("nothing changed: generation %d stays the newest", current.number)
-        return current
-    published = publish(storage, draft, after=current.number if current else 0)
-    log.info("published generation %d: %s", published.number, storage.uri)
-    return published

@@ -1,0 +1,94 @@
+"""Training an index once: the empty, trained template that every shard is a copy of."""
+
+import hashlib
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+
+from qbatch.errors import ConfigError
+from qbatch.index.columns import Metric
+from qbatch.index.device import train_on_gpu
+from qbatch.index.factory import inner_index, make_index, num_lists
+
+ROWS_PER_LIST = 128
+"""FAISS warns below 39 and ignores more than 256; see Clustering's defaults."""
+
+_CODEC_ROWS = 65_536
+"""What scalar and product quantisers learn from."""
+
+_ITERATIONS = 10
+"""FAISS's default for inverted lists; more change recall by less than a sample does."""
+
+
+def num_training_rows(factory: str, dim: int, metric: Metric) -> int:
+    """Return how large a sample a factory is trained on; 0 for one that learns nothing."""
+    index = make_index(factory, dim, metric)
+    if index.is_trained:
+        return 0
+    return max(num_lists(index) * ROWS_PER_LIST, _CODEC_ROWS)
+
+
+def train_template(
+    factory: str, metric: Metric, sample: np.ndarray, *, seed: int, use_gpu: bool = False
+) -> faiss.Index:
+    """Return a trained index without vectors.
+
+    The same sample, seed and machine give the same template; HNSW coarse quantisers are the
+    exception with several threads (faiss issue 983).
+
+    Args:
+        factory: As accepted by ``make_index``.
+        metric: How vectors compare.
+        sample: float32, (rows, dim); repeated vectors count once.
+        seed: Of the clustering.
+        use_gpu: Assign to centroids on a GPU.
+
+    Raises:
+        ConfigError: There are fewer distinct vectors than inverted lists.
+    """
+    index = make_index(factory, sample.shape[1], metric)
+    if index.is_trained:
+        return index
+    inner = inner_index(index)
+    if isinstance(inner, faiss.IndexIVF):
+        inner.cp.seed = seed
+        inner.cp.niter = _ITERATIONS
+        inner.cp.max_points_per_centroid = 2 * ROWS_PER_LIST
+    distinct = _distinct_rows(sample)
+    if len(distinct) < num_lists(index):
+        raise ConfigError(
+            f"--factory={factory!r} has {num_lists(index)} lists, but there are only "
+            f"{len(distinct)} distinct vectors to train on; use fewer lists, Flat or auto"
+        )
+    with train_on_gpu(index, enabled=use_gpu):
+        index.train(distinct)
+    return index
+
+
+def _distinct_rows(sample: np.ndarray) -> np.ndarray:
+    """Drop repeated vectors, which would draw centroids to boilerplate; keep the order."""
+    rows = np.ascontiguousarray(sample).view(np.dtype((np.void, sample.itemsize * sample.shape[1])))
+    _, first = np.unique(rows.ravel(), return_index=True)
+    return sample if len(first) == len(sample) else sample[np.sort(first)]
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A trained index without vectors, as bytes that travel and have a fingerprint."""
+
+    data: bytes
+
+    @classmethod
+    def of(cls, index: faiss.Index) -> "Template":
+        """Freeze an index; FAISS writes equal indexes as equal bytes."""
+        return cls(faiss.serialize_index(index).tobytes())
+
+    @property
+    def sha256(self) -> str:
+        """The index fingerprint: shards of different templates must never be merged."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    def copy(self) -> faiss.Index:
+        """Return an index of its own, to be filled."""
+        return faiss.deserialize_index(np.frombuffer(self.data, np.uint8))
