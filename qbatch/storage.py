@@ -182,6 +182,12 @@ def open_object(uri: str) -> BinaryIO:
     return storage.open(name)
 
 
+def read_object(uri: str) -> bytes:
+    """Return the content of one object by its full URI; FileNotFoundError when absent."""
+    storage, name = _parent(uri)
+    return storage.read(name)
+
+
 def object_info(uri: str) -> ObjectInfo:
     """Return size and version of one object by its full URI; FileNotFoundError when absent."""
     storage, name = _parent(uri)
@@ -224,7 +230,7 @@ def _named_errors(action: str, uri: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, FileExistsError):
         raise
-    except NotADirectoryError as error:
+    except (NotADirectoryError, IsADirectoryError) as error:
         raise FileNotFoundError(uri) from error
     except _STORE_ERRORS as error:
         raise StorageError(

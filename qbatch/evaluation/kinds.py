@@ -1,0 +1,80 @@
+"""The two kinds of table that evaluation reads, and the names their columns go by elsewhere."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from qbatch.errors import BadInputError
+from qbatch.schema import QRELS, RUN
+
+_BEIR_IDS = {"query-id": "query_id", "corpus-id": "doc_id"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableKind:
+    """What a run, or a set of judgements, must and may hold."""
+
+    name: str
+    """As messages call it."""
+    types: Mapping[str, pa.DataType]
+    """Type of every column that is read; all others are ignored."""
+    required: Sequence[str]
+    """Columns without which there is nothing to evaluate."""
+    one_of: Sequence[str] = ()
+    """At least one of these must be there; empty asks for none."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names of other tools, to the column they mean."""
+    trec_fields: Sequence[str]
+    """The fields of a line of TREC text in order; those that are no columns are ignored."""
+
+    def columns_of(self, names: Sequence[str], uri: str) -> dict[str, str]:
+        """Return which columns of a file are read, as name in the file to our name.
+
+        Our own names win over aliases.
+
+        Raises:
+            BadInputError: A column is missing or there twice.
+        """
+        own = [name for name in names if name in self.types]
+        columns = {name: name for name in own} | {
+            name: column
+            for name, column in self.aliases.items()
+            if name in names and name not in own and column not in own
+        }
+        found = set(columns.values())
+        is_complete = found.issuperset(self.required) and (
+            not self.one_of or not found.isdisjoint(self.one_of)
+        )
+        if not is_complete or any(names.count(name) > 1 for name in columns):
+            needed = ", ".join(
+                [*self.required, *([" or ".join(self.one_of)] if self.one_of else [])]
+            )
+            raise BadInputError(
+                f"{uri} has the columns {', '.join(names)}; a {self.name} needs {needed}, each "
+                "once. Rename or add them"
+            )
+        return columns
+
+
+def _types(schema: pa.Schema, names: Sequence[str]) -> dict[str, pa.DataType]:
+    return {name: schema.field(name).type for name in names}
+
+
+RUNS = TableKind(
+    name="run",
+    types=_types(RUN, ("query_id", "doc_id", "rank", "score")),
+    required=("query_id", "doc_id"),
+    one_of=("rank", "score"),
+    aliases=_BEIR_IDS,
+    trec_fields=("query_id", "Q0", "doc_id", "rank", "score", "tag"),
+)
+"""Passages are not read apart: a document counts once, at its best rank."""
+
+JUDGEMENTS = TableKind(
+    name="set of judgements",
+    types=_types(QRELS, QRELS.names),
+    required=QRELS.names,
+    aliases={**_BEIR_IDS, "score": "relevance"},
+    trec_fields=("query_id", "iteration", "doc_id", "relevance"),
+)
