@@ -1,8 +1,8 @@
 """Whether one run is better than another beyond chance: a paired randomisation test.
 
-If the two runs were equally good, a coin could have chosen the sign of each query's difference. The
-p value is the share of random signs under which the mean difference is at least as far from 0 as the
-one found.
+If the two runs were equally good, a coin could have chosen the sign of each query's difference.
+The p value is the share of random signs under which the mean difference is at least as far from 0
+as the one found.
 """
 
 from dataclasses import dataclass
@@ -61,8 +61,14 @@ def _p_value(differences: np.ndarray, seed: int) -> float:
     block = max(1, _BLOCK_VALUES // len(differences))
     num_extreme = 0
     for start in range(0, DRAWS, block):
-        shape = (min(block, DRAWS - start), len(differences))
-        is_negative = random.integers(0, 2, shape, dtype=np.int8)
+        is_negative = _random_bits(random, min(block, DRAWS - start), len(differences))
         sums = differences.sum() - 2 * (is_negative @ differences)
         num_extreme += int((np.abs(sums) >= at_least).sum())
     return (num_extreme + 1) / (DRAWS + 1)
+
+
+def _random_bits(random: np.random.Generator, num_rows: int, num_columns: int) -> np.ndarray:
+    """Return rows of 0 and 1; each row takes whole words, so that blocks of any size agree."""
+    shape = (num_rows, -(-num_columns // 64))
+    words = random.integers(0, 2**64, shape, dtype=np.uint64)
+    return np.unpackbits(words.view(np.uint8), axis=1, count=num_columns)

@@ -17,8 +17,8 @@ class TableKind:
 
     name: str
     """As messages call it."""
-    types: Mapping[str, pa.DataType]
-    """Type of every column that is read; all others are ignored."""
+    schema: pa.Schema
+    """The columns that are read; all others are ignored."""
     required: Sequence[str]
     """Columns without which there is nothing to evaluate."""
     one_of: Sequence[str] = ()
@@ -28,6 +28,10 @@ class TableKind:
     trec_fields: Sequence[str]
     """The fields of a line of TREC text in order; those that are no columns are ignored."""
 
+    def schema_of(self, columns: Sequence[str]) -> pa.Schema:
+        """Return the schema of a table that has these columns."""
+        return pa.schema([self.schema.field(name) for name in columns])
+
     def columns_of(self, names: Sequence[str], uri: str) -> dict[str, str]:
         """Return which columns of a file are read, as name in the file to our name.
 
@@ -36,7 +40,7 @@ class TableKind:
         Raises:
             BadInputError: A column is missing or there twice.
         """
-        own = [name for name in names if name in self.types]
+        own = [name for name in names if name in self.schema.names]
         columns = {name: name for name in own} | {
             name: column
             for name, column in self.aliases.items()
@@ -57,13 +61,9 @@ class TableKind:
         return columns
 
 
-def _types(schema: pa.Schema, names: Sequence[str]) -> dict[str, pa.DataType]:
-    return {name: schema.field(name).type for name in names}
-
-
 RUNS = TableKind(
     name="run",
-    types=_types(RUN, ("query_id", "doc_id", "rank", "score")),
+    schema=pa.schema([RUN.field(name) for name in ("query_id", "doc_id", "rank", "score")]),
     required=("query_id", "doc_id"),
     one_of=("rank", "score"),
     aliases=_BEIR_IDS,
@@ -73,7 +73,7 @@ RUNS = TableKind(
 
 JUDGEMENTS = TableKind(
     name="set of judgements",
-    types=_types(QRELS, QRELS.names),
+    schema=QRELS,
     required=QRELS.names,
     aliases={**_BEIR_IDS, "score": "relevance"},
     trec_fields=("query_id", "iteration", "doc_id", "relevance"),

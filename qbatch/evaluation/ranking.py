@@ -69,7 +69,8 @@ def rank_documents(run: pa.Table) -> Ranking:
     kept = np.sort(np.unique(pairs, return_index=True)[1])
     rows = order[kept]
     counts = np.bincount(queries[rows], minlength=len(query_ids))
-    rises = (np.diff(falling[rows]) < 0) & (np.diff(queries[rows]) == 0)
+    rises = falling[rows][1:] < falling[rows][:-1]
+    rises &= queries[rows][1:] == queries[rows][:-1]
     return Ranking(
         query_ids=query_ids,
         offsets=np.concatenate([[0], np.cumsum(counts)]),

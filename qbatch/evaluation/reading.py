@@ -1,6 +1,6 @@
 """Runs and judgements from wherever they lie: published tables, files, BEIR folders.
 
-A file is told by its content and not by its name: Parquet, gzip around text, or text.
+A file is told by its content and not by its name: gzip around anything, Parquet, or text.
 """
 
 import gzip
@@ -14,6 +14,7 @@ import pyarrow.types as pt
 from qbatch.errors import BadInputError, NoInputError
 from qbatch.evaluation.kinds import JUDGEMENTS, RUNS, TableKind
 from qbatch.evaluation.text_files import parse_text
+from qbatch.schema import QRELS
 from qbatch.storage import Storage, read_object
 from qbatch.tables import open_table
 
@@ -25,17 +26,16 @@ def read_run(uri: str) -> pa.Table:
     """Return ``query_id``, ``doc_id`` and those of ``rank`` and ``score`` that the run has.
 
     Args:
-        uri: A published table, or a file: TREC, a table with a header and tabs, JSON lines (all
-            also gzipped) or Parquet.
+        uri: A published table, or a file: TREC, a table with a header and tabs, JSON lines or
+            Parquet; gzipped or not.
 
     Raises:
         NoInputError: Nothing is there, or no row.
         BadInputError: A row is wrong; file and line are named.
     """
     storage = Storage(uri)
-    if not _is_directory(storage):
-        return _read_file(uri, RUNS)
-    return _read_published(storage, RUNS)
+    table = _read_published(storage, RUNS) if _is_directory(storage) else _read_file(uri, RUNS)
+    return table.cast(RUNS.schema_of(table.column_names))
 
 
 def read_qrels(uri: str, split: str = "test") -> pa.Table:
@@ -95,13 +95,13 @@ def _read_file(uri: str, kind: TableKind) -> pa.Table:
             f"there is no {kind.name} at {uri}; give a file, a published table"
             f"{' or a BEIR folder' if kind is JUDGEMENTS else ''}"
         ) from error
-    if content.startswith(_PARQUET_MAGIC):
-        return _parse_parquet(content, kind, uri)
     if content.startswith(_GZIP_MAGIC):
         try:
             content = gzip.decompress(content)
         except (EOFError, OSError, zlib.error) as error:
             raise BadInputError(f"{uri} is damaged gzip ({error}); copy it again") from error
+    if content.startswith(_PARQUET_MAGIC):
+        return _parse_parquet(content, kind, uri)
     return parse_text(content, kind, uri)
 
 
@@ -120,10 +120,10 @@ def _parse_parquet(content: bytes, kind: TableKind, uri: str) -> pa.Table:
 def _select(table: pa.Table, kind: TableKind, uri: str) -> pa.Table:
     columns = kind.columns_of(table.column_names, uri)
     selected = {
-        column: _cast(table[name], kind.types[column], f"column {name!r} of {uri}")
+        column: _cast(table[name], kind.schema.field(column).type, f"column {name!r} of {uri}")
         for name, column in columns.items()
     }
-    return pa.table({name: selected[name] for name in kind.types if name in selected})
+    return pa.table({name: selected[name] for name in kind.schema.names if name in selected})
 
 
 def _cast(column: pa.ChunkedArray, wanted: pa.DataType, place: str) -> pa.ChunkedArray:
@@ -153,4 +153,4 @@ def _without_repeats(qrels: pa.Table, uri: str) -> pa.Table:
             f"{uri} judges document {doc_id!r} of query {query_id!r} as {low} and as {high}; "
             "keep one of the lines"
         )
-    return judged.drop_columns("relevance_min").rename_columns(["query_id", "doc_id", "relevance"])
+    return judged.drop_columns("relevance_min").rename_columns(QRELS.names).cast(QRELS)

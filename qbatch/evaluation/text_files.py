@@ -63,15 +63,16 @@ def parse_text(content: bytes, kind: TableKind, uri: str) -> pa.Table:
     """
     content = content.removeprefix(_BOM)
     form, num_header = _form_of(content, kind, uri)
-    schema = pa.schema([(name, kind.types[column]) for name, column in form.columns.items()])
+    schema = pa.schema(
+        [(name, kind.schema.field(column).type) for name, column in form.columns.items()]
+    )
     try:
         table = form.parse(content, schema)
         is_parsed = all(_is_whole(column) for column in table.columns)
     except (pa.ArrowInvalid, UnicodeDecodeError):
         is_parsed = False
     if not is_parsed:
-        reader = _LineReader(uri, kind, schema, form.split)
-        table = reader.read(content, num_header)
+        table = _LineReader(uri, schema, form.split).read(content, num_header)
     if not table.num_rows:
         raise NoInputError(f"{uri} holds no row; a {kind.name} has one a document and query")
     return table.rename_columns(list(form.columns.values()))
@@ -142,7 +143,7 @@ def _header_form(names: Sequence[str], number: int, kind: TableKind, uri: str) -
 
 
 def _trec_form(content: bytes, kind: TableKind) -> _Form:
-    columns = {name: name for name in kind.trec_fields if name in kind.types}
+    columns = {name: name for name in kind.trec_fields if name in kind.schema.names}
     delimiter = "\t" if b"\t" in content else " "
 
     def parse(content: bytes, schema: pa.Schema) -> pa.Table:
@@ -196,7 +197,6 @@ class _LineReader:
     """Reads line by line, in chunks, and names the first line that is wrong."""
 
     uri: str
-    kind: TableKind
     schema: pa.Schema
     split: _Split
 
