@@ -17,12 +17,12 @@ class TableKind:
 
     name: str
     """As messages call it."""
+    forms: str
+    """What can be given, as messages say it."""
     schema: pa.Schema
     """The columns that are read; all others are ignored."""
-    required: Sequence[str]
-    """Columns without which there is nothing to evaluate."""
-    one_of: Sequence[str] = ()
-    """At least one of these must be there; empty asks for none."""
+    needs: Sequence[Sequence[str]]
+    """Columns without which there is nothing to evaluate: one of every group."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Names of other tools, to the column they mean."""
     trec_fields: Sequence[str]
@@ -47,13 +47,9 @@ class TableKind:
             if name in names and name not in own and column not in own
         }
         found = set(columns.values())
-        is_complete = found.issuperset(self.required) and (
-            not self.one_of or not found.isdisjoint(self.one_of)
-        )
+        is_complete = not any(found.isdisjoint(group) for group in self.needs)
         if not is_complete or any(names.count(name) > 1 for name in columns):
-            needed = ", ".join(
-                [*self.required, *([" or ".join(self.one_of)] if self.one_of else [])]
-            )
+            needed = ", ".join(" or ".join(group) for group in self.needs)
             raise BadInputError(
                 f"{uri} has the columns {', '.join(names)}; a {self.name} needs {needed}, each "
                 "once. Rename or add them"
@@ -63,9 +59,9 @@ class TableKind:
 
 RUNS = TableKind(
     name="run",
+    forms="a file or a published table",
     schema=pa.schema([RUN.field(name) for name in ("query_id", "doc_id", "rank", "score")]),
-    required=("query_id", "doc_id"),
-    one_of=("rank", "score"),
+    needs=(("query_id",), ("doc_id",), ("rank", "score")),
     aliases=_BEIR_IDS,
     trec_fields=("query_id", "Q0", "doc_id", "rank", "score", "tag"),
 )
@@ -73,8 +69,9 @@ RUNS = TableKind(
 
 JUDGEMENTS = TableKind(
     name="set of judgements",
+    forms="a file, a published table or a BEIR folder, which has qrels/",
     schema=QRELS,
-    required=QRELS.names,
+    needs=[(name,) for name in QRELS.names],
     aliases={**_BEIR_IDS, "score": "relevance"},
     trec_fields=("query_id", "iteration", "doc_id", "relevance"),
 )

@@ -4,6 +4,7 @@ A file is told by its content and not by its name: gzip around anything, Parquet
 """
 
 import gzip
+import logging
 import zlib
 
 import pyarrow as pa
@@ -17,6 +18,8 @@ from qbatch.evaluation.text_files import parse_text
 from qbatch.schema import QRELS
 from qbatch.storage import Storage, read_object
 from qbatch.tables import open_table
+
+log = logging.getLogger(__name__)
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _PARQUET_MAGIC = b"PAR1"
@@ -78,12 +81,14 @@ def _split_uri(storage: Storage, splits: dict[str, str], split: str) -> str:
 
 
 def _read_published(storage: Storage, kind: TableKind) -> pa.Table:
-    parts = [
-        _select(part, kind, f"{storage.uri}, file {number} of its newest generation")
-        for number, part in enumerate(open_table(storage.uri).iter_tables(), 1)
-    ]
+    if next(storage.iter_objects("manifests"), None) is None:
+        raise NoInputError(f"nothing is published in the folder {storage.uri}; give {kind.forms}")
+    published = open_table(storage.uri)
+    generation = f"generation {published.generation.number} of {storage.uri}"
+    parts = [_select(part, kind, generation) for part in published.iter_tables()]
     if not sum(part.num_rows for part in parts):
-        raise NoInputError(f"the newest generation of {storage.uri} holds no row")
+        raise NoInputError(f"{generation} holds no row; a {kind.name} has one a document and query")
+    log.info("read %s", generation)
     return pa.concat_tables(parts)
 
 
@@ -91,10 +96,7 @@ def _read_file(uri: str, kind: TableKind) -> pa.Table:
     try:
         content = read_object(uri)
     except FileNotFoundError as error:
-        raise NoInputError(
-            f"there is no {kind.name} at {uri}; give a file, a published table"
-            f"{' or a BEIR folder' if kind is JUDGEMENTS else ''}"
-        ) from error
+        raise NoInputError(f"there is no {kind.name} at {uri}; give {kind.forms}") from error
     if content.startswith(_GZIP_MAGIC):
         try:
             content = gzip.decompress(content)
