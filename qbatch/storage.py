@@ -172,7 +172,7 @@ def redact(uri: str) -> str:
 
 
 def _parent(uri: str) -> tuple[Storage, str]:
-    head, _, name = uri.rstrip("/").rpartition("/")
+    head, _, name = Storage(uri).uri.rstrip("/").rpartition("/")
     return Storage(head or "/"), name
 
 
