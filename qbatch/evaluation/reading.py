@@ -22,7 +22,8 @@ from qbatch.tables import open_table
 log = logging.getLogger(__name__)
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_PARQUET_MAGIC = b"PAR1"
+_PARQUET_MAGIC = b"PAR1\x15"
+"""The magic and the first byte of every header or footer: a query may be called PAR1."""
 
 
 def read_run(uri: str) -> pa.Table:

@@ -49,8 +49,8 @@ class _Form:
 def parse_text(content: bytes, kind: TableKind, uri: str) -> pa.Table:
     """Return the rows of a text file as a table of the columns of ``kind`` that it has.
 
-    Blank lines are no rows. The form is told from the first line: ``{`` begins JSON lines, names
-    of columns between tabs a table with a header, anything else is TREC.
+    Blank lines are no rows. The form is told from the first line: a JSON object, names of columns
+    between tabs, anything else is TREC.
 
     Args:
         content: The file, decompressed.
@@ -88,7 +88,7 @@ def _is_whole(column: pa.ChunkedArray) -> bool:
 def _form_of(content: bytes, kind: TableKind, uri: str) -> tuple[_Form, int]:
     """Return the form of a file and the number of lines before its rows."""
     number, first = next(_numbered_lines(content), (0, b""))
-    if first.startswith(b"{"):
+    if _is_json(first, kind):
         return _json_form(first, number, kind, uri), 0
     names = [name.strip() for name in first.decode(errors="replace").split("\t")]
     if {"query_id", "query-id"} & set(names):
@@ -96,10 +96,21 @@ def _form_of(content: bytes, kind: TableKind, uri: str) -> tuple[_Form, int]:
     return _trec_form(content, kind), 0
 
 
+def _is_json(line: bytes, kind: TableKind) -> bool:
+    """Tell JSON, also broken JSON, from a TREC line whose query id begins with a brace."""
+    if not line.startswith(b"{"):
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return len(line.split()) != len(kind.trec_fields)
+    return True
+
+
 def _json_form(first: bytes, number: int, kind: TableKind, uri: str) -> _Form:
     try:
         keys = list(_json_object(first))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         _refuse(uri, number, first, str(error))
     columns = kind.columns_of(keys, f"{uri} line {number}")
     split = _json_splitter(list(columns))

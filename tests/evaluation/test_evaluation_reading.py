@@ -225,7 +225,7 @@ def test_a_beir_folder_and_its_splits(store_uri):
         (b'{"query_id": "q", "doc_id": "\\ud800", "rank": 1}\n', r"line 1: doc_id is '\\ud800'"),
         (b'{"query_id": "q", \n', r"line 1: Expecting property name"),
         (gzip.compress(b"q Q0 d 1 0.5 t\n")[:-9], r"is damaged gzip"),
-        (b"PAR1 and no more", r"is damaged Parquet"),
+        (parquet(RUN.empty_table())[:-1], r"is damaged Parquet"),
     ],
 )  # fmt: skip
 def test_bad_lines_are_named(tmp_path, content, message):
@@ -243,6 +243,12 @@ def test_the_line_is_right_far_down(tmp_path, monkeypatch):
     assert read_run(written(tmp_path, "\n".join(lines).encode()))["rank"].to_pylist() == list(
         range(1, 101)
     )
+
+
+@pytest.mark.parametrize("query_id", ["{", '{"a"}', "PAR1", "[]", '"', "#", "é"])
+def test_query_ids_that_look_like_another_form(tmp_path, query_id):
+    run = read_run(written(tmp_path, f"{query_id} Q0 d 1 0.5 t\n".encode()))
+    assert run["query_id"].to_pylist() == [query_id]
 
 
 def test_half_relevance_and_contradictions_are_refused(tmp_path):
