@@ -186,7 +186,7 @@ def redact(uri: str) -> str:
 
 
 def _parent(uri: str) -> tuple[Storage, str]:
-    head, _, name = uri.rstrip("/").rpartition("/")
+    head, _, name = Storage(uri).uri.rstrip("/").rpartition("/")
     return Storage(head or "/"), name
 
 
@@ -194,6 +194,12 @@ def open_object(uri: str) -> BinaryIO:
     """Open one object by its full URI for random-access reading."""
     storage, name = _parent(uri)
     return storage.open(name)
+
+
+def read_object(uri: str) -> bytes:
+    """Return the content of one object by its full URI; FileNotFoundError when absent."""
+    storage, name = _parent(uri)
+    return storage.read(name)
 
 
 def object_info(uri: str) -> ObjectInfo:
@@ -238,7 +244,7 @@ def _named_errors(action: str, uri: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, FileExistsError):
         raise
-    except NotADirectoryError as error:
+    except (NotADirectoryError, IsADirectoryError) as error:
         raise FileNotFoundError(uri) from error
     except _STORE_ERRORS as error:
         raise StorageError(

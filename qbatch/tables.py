@@ -49,8 +49,8 @@ class PublishedTable:
         return pq.read_table(source, columns=None if columns is None else list(columns))
 
 
-def open_vectors(uri: str, generation: int | None = None) -> PublishedTable:
-    """Open a vectors table at its newest generation, or at a given one.
+def open_table(uri: str, generation: int | None = None) -> PublishedTable:
+    """Open a table of any kind at its newest generation, or at a given one.
 
     Raises:
         NoInputError: Nothing was published there.
@@ -60,3 +60,12 @@ def open_vectors(uri: str, generation: int | None = None) -> PublishedTable:
     if found is None:
         raise NoInputError(f"no published generation in {storage.uri}; run the job that fills it")
     return PublishedTable(storage, found)
+
+
+def open_vectors(uri: str, generation: int | None = None) -> PublishedTable:
+    """Open a vectors table at its newest generation, or at a given one.
+
+    Raises:
+        NoInputError: Nothing was published there.
+    """
+    return open_table(uri, generation)

@@ -9,7 +9,15 @@ import pytest
 import s3fs
 
 from qbatch.errors import ConfigError, ObjectExistsError, StorageError
-from qbatch.storage import Storage, object_info, open_object, probe, redact, split_uri
+from qbatch.storage import (
+    Storage,
+    object_info,
+    open_object,
+    probe,
+    read_object,
+    redact,
+    split_uri,
+)
 
 
 def test_objects_round_trip_in_name_order(store_uri):
@@ -190,3 +198,20 @@ def test_probe_refuses_a_store_without_conditional_put(plain_store, message):
         probe(Storage(plain_store))
     assert "--single-writer" in str(caught.value)
     Storage(plain_store, single_writer=True).create("y", b"y")
+
+
+def test_one_object_by_its_uri(store_uri):
+    Storage(store_uri).write("a/b", b"content")
+    assert read_object(f"{store_uri}/a/b") == b"content"
+    assert object_info(f"{store_uri}/a/b").size == 7
+    for absent in ("a", "a/c", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match=rf"store/{absent}|specified key"):
+            read_object(f"{store_uri}/{absent}")
+
+
+def test_one_object_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "name").write_bytes(b"content")
+    monkeypatch.chdir(tmp_path)
+    assert read_object("name") == b"content"
+    assert object_info("name").uri == str(tmp_path / "name")
+    assert read_object(f"file://{tmp_path}/name") == b"content"
