@@ -45,10 +45,19 @@ def rows_table(
         {
             "doc_id": pa.array(doc_ids, pa.large_string()),
             "passage_id": pa.array([f"{d}#{i}" for i, d in enumerate(doc_ids)], pa.large_string()),
+            "passage_index": passage_indexes(doc_ids),
             "vector": vector_array(vectors),
             **(kept or {}),
         }
     )
+
+
+def passage_indexes(doc_ids: Sequence[str]) -> pa.Array:
+    """Return the place of each row among neighbours with the same id."""
+    indexes = [0] * len(doc_ids)
+    for i in range(1, len(doc_ids)):
+        indexes[i] = indexes[i - 1] + 1 if doc_ids[i] == doc_ids[i - 1] else 0
+    return pa.array(indexes, pa.int32())
 
 
 def write_vectors(
@@ -76,7 +85,7 @@ def write_vectors(
     plan["path"] = f"plans/{plan['sha256'][:32]}.parquet"
     storage.write(plan["path"], memoryview(sink.getvalue()))
     first = next(iter(files.values()))
-    base = {"doc_id", "passage_id", "vector"}
+    base = {"doc_id", "passage_id", "passage_index", "vector"}
     draft = Generation(
         kind="vectors",
         fingerprint=fingerprint or FINGERPRINT | {"dims": [first["vector"].type.list_size]},

@@ -16,6 +16,8 @@ LINE_TOO_LONG = "line_too_long"
 NOT_AN_OBJECT = "not_an_object"
 NULL_TEXT = "null_text"
 TEXT_TYPE = "text_type"
+NULL_VECTOR = "null_vector"
+ZERO_VECTOR = "zero_vector"
 NON_FINITE_VECTOR = "non_finite_vector"
 """The model gave NaN or infinity for a passage; its whole document is rejected."""
 

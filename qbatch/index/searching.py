@@ -7,6 +7,7 @@ fetching more and dropping them; queries left short are searched again, deeper.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
@@ -173,13 +174,12 @@ class ShardSearcher:
         if self._allowed is not None and honours_selectors(index):
             bits = np.packbits(self._allowed, bitorder="little")
             selector = faiss.IDSelectorBitmap(bits)  # type: ignore[call-arg, arg-type]  # stubs are C++
-        parameters = search_parameters(index, effort, selector)
         chosen = queries if len(waiting) == len(queries) else queries[waiting]
-        if assignment is not None and can_share_assignment(index):
+        if assignment is not None and selector is None and can_share_assignment(index):
             lists, near = assignment.lists[waiting], assignment.distances[waiting]
-            search = index.search_preassigned  # type: ignore[attr-defined]  # of IndexIVF
-            distances, rows = search(chosen, fetch, lists, near, params=parameters)
+            distances, rows = _search_lists(index, chosen, fetch, lists, near)
         else:
+            parameters = search_parameters(index, effort, selector)
             distances, rows = index.search(chosen, fetch, params=parameters)
         return Neighbours.of(distances, rows, self._metric)
 
@@ -195,6 +195,19 @@ class ShardSearcher:
             drop |= _is_repeated(np.where(drop, -2, documents))
         kept = found.without(drop) if drop.any() else found
         return Neighbours(rows=kept.rows[:, :depth], scores=kept.scores[:, :depth])
+
+
+def _search_lists(
+    index: Any,  # noqa: ANN401 - the stubs know these only of IndexIVF
+    queries: np.ndarray,
+    depth: int,
+    lists: np.ndarray,
+    near: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Search given lists; FAISS's wrapper takes their number from the index, not from a call."""
+    index.nprobe = lists.shape[1]
+    distances, rows = index.search_preassigned(queries, depth, lists, near)
+    return distances, rows
 
 
 def _is_repeated(codes: np.ndarray) -> np.ndarray:

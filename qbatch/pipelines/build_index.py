@@ -21,7 +21,6 @@ from qbatch.index.factory import effort_name
 from qbatch.index.memory import MemoryPlan
 from qbatch.manifest import (
     Generation,
-    file_entry,
     latest_generation,
     publish_change,
     read_verified,
@@ -39,6 +38,7 @@ from qbatch.pipelines.index_resources import (
 from qbatch.pipelines.index_shards import build_missing, finished_shards
 from qbatch.pipelines.index_task import SIDECAR_COLUMNS, IndexTask, Training
 from qbatch.pipelines.index_training import TrainingRequest, choose, train
+from qbatch.pipelines.unit_files import store_plan
 from qbatch.schema import FILES, SCHEMA_VERSION, SHARDS
 from qbatch.storage import Storage, probe
 from qbatch.tables import PublishedTable, open_vectors
@@ -336,8 +336,9 @@ class _Build:
             details={
                 "vectors": {"uri": self.table.storage.uri, "generation": vectors.number},
                 "embedding": {name: vectors.config.get(name) for name in ("model", "revision")},
+                "columns": list(self._sidecar_columns()[len(SIDECAR_COLUMNS) :]),
                 "training": asdict(training),
-                "search": {effort_name(training.factory): measured.effort},
+                "search": _search_settings(training.factory, measured.effort),
                 **measured.as_details(),
             },
         )
@@ -356,13 +357,7 @@ class _Build:
             }
             for shard, record, base in zip(shards, records, row_bases(records), strict=True)
         ]
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=SHARDS), sink, compression="zstd")
-        data = memoryview(sink.getvalue())
-        entry = file_entry("", len(rows), data)
-        entry["path"] = f"plans/{entry['sha256'][:32]}.parquet"
-        self.storage.write(entry["path"], data)
-        return entry
+        return store_plan(self.storage, pa.Table.from_pylist(rows, schema=SHARDS))
 
     def estimate(self) -> dict[str, Any]:
         """Return what a build would need, for ``--dry-run``."""
@@ -384,6 +379,12 @@ class _Build:
             "shard_task_gib": round(plan.shard / 2**30, 3),
             "training_gib": round(plan.training / 2**30, 3),
         }
+
+
+def _search_settings(factory: str, effort: int) -> dict[str, int]:
+    """Return how hard the index is to be searched; {} where every search is exact."""
+    name = effort_name(factory)
+    return {name: effort} if name else {}
 
 
 def index_fingerprint(

@@ -39,12 +39,13 @@ from qbatch.pipelines.embed_calibration import with_calibration
 from qbatch.pipelines.embed_estimate import Prices, estimate
 from qbatch.pipelines.embed_forward import EmbedActor
 from qbatch.pipelines.embed_read import read_and_tokenize
-from qbatch.pipelines.embed_resume import Plan, finished_units, write_units
+from qbatch.pipelines.embed_resume import Plan, write_units
 from qbatch.pipelines.embed_task import EmbedTask
 from qbatch.pipelines.embed_write import write_unit
-from qbatch.pipelines.unit_files import OUTPUTS
+from qbatch.pipelines.finished_units import finished_units
+from qbatch.pipelines.unit_files import OUTPUTS, listed_files, listed_rejects
 from qbatch.report.progress import EmbedProgress
-from qbatch.schema import FILES, SCHEMA_VERSION, ComputeDtype, VectorDtype
+from qbatch.schema import SCHEMA_VERSION, ComputeDtype, VectorDtype
 from qbatch.storage import Storage, probe
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,9 @@ class EmbedCorpusConfig:
     hf_split: str = "train"
     """Split of a Hugging Face dataset."""
     instruction: str | None = None
-    """Embed the texts as queries for this task; None embeds them as documents."""
+    """Embed the texts as queries for this task."""
+    queries: bool = False
+    """Embed the texts as queries with the model's own prompt; --instruction does so by itself."""
     max_tokens: int | None = None
     """Longest passage, special tokens and prompt included; None is the model's own limit."""
     overlap_tokens: int = 0
@@ -168,7 +171,7 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
             fingerprint["scales"] = list(task.scales)
         task = replace(task, fingerprint=fingerprint_id(fingerprint))
         plan = Plan(plan_units(task.corpus), task.unit_fingerprint)
-        done = finished_units(storage, plan, current)
+        done = finished_units(storage, plan.keys, current)
         log.info("%d units planned, %d of them finished already", len(plan), len(done))
         progress = EmbedProgress(len(plan) - len(done))
         made = list(_make_units(plan, done, task, pool, progress))
@@ -180,8 +183,8 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
         fingerprint=fingerprint,
         config=asdict(config),
         counts=counts,
-        files=_listed(outputs),
-        rejects=_listed_rejects(outputs),
+        files=listed_files(outputs),
+        rejects=listed_rejects(outputs),
         plan=write_units(storage, plan, outputs),
     )
     published = publish_change(storage, draft, current)
@@ -247,7 +250,7 @@ def make_task(config: EmbedCorpusConfig, spec: ModelSpec, dtype: ComputeDtype) -
 
 
 def _prompt(config: EmbedCorpusConfig, spec: ModelSpec) -> str:
-    if config.instruction is None:
+    if config.instruction is None and not config.queries:
         return document_prompt(spec.prompts)
     return query_prompt(
         spec.prompts, architecture=spec.architecture, instruction=config.instruction
@@ -271,6 +274,14 @@ def embedding_fingerprint(task: EmbedTask, spec: ModelSpec) -> dict[str, Any]:
         "vector_dtype": task.vector_dtype,
         "scales": list(task.scales),
     }
+
+
+def planned_fingerprint(config: EmbedCorpusConfig) -> dict[str, Any]:
+    """Return the fingerprint a job will have, without running it; the dtype must be named."""
+    if config.dtype == "auto":
+        raise ValueError("the dtype is decided on the hardware that computes; name one")
+    spec = load_spec(resolve_model(config.model, config.revision))
+    return embedding_fingerprint(make_task(config, spec, config.dtype), spec)
 
 
 def _compute_dtype(config: EmbedCorpusConfig, pool: PoolPlan) -> ComputeDtype:
@@ -366,12 +377,3 @@ def check_bad_input(counts: Mapping[str, Any], config: EmbedCorpusConfig) -> Non
             f"--max-bad-fraction={config.max_bad_fraction:g} is allowed; {kept}. Mend them or "
             "allow more, and run again"
         )
-
-
-def _listed(outputs: pa.Table) -> pa.Table:
-    return pa.table([outputs[name] for name in FILES.names], schema=FILES).sort_by("path")
-
-
-def _listed_rejects(outputs: pa.Table) -> pa.Table:
-    structs = outputs["rejects"].combine_chunks().drop_null()
-    return pa.table([structs.field(name) for name in FILES.names], schema=FILES).sort_by("path")

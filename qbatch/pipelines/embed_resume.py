@@ -1,10 +1,5 @@
-"""The plan against what exists: one LIST says which units are done.
+"""The plan of an embed job: its units, which of them are pending, and the record of all."""
 
-A file that the newest generation lists is taken at its word; any other, left by a job that did not
-get to publish, is read back and checked before it counts.
-"""
-
-import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -13,22 +8,17 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 
 from qbatch.corpus.spans import Unit
 from qbatch.errors import IntegrityError
-from qbatch.manifest import Generation, file_entry, read_verified
-from qbatch.pipelines.unit_files import OUTPUTS, list_unit_files, read_completion
+from qbatch.pipelines.unit_files import store_plan
 from qbatch.schema import UNITS
 from qbatch.storage import Storage
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _PLAN = pa.schema([UNITS.field("unit_key"), UNITS.field("spans")])
 _BATCH_UNITS = 1000
-_FILES_PER_CHECK = 32
 
 
 class Plan:
@@ -80,57 +70,6 @@ def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def finished_units(storage: Storage, plan: Plan, generation: Generation | None) -> pa.Table:
-    """Return a row of OUTPUTS for every planned unit whose file exists.
-
-    Of several files of one unit the published one counts, else the first intact one by name.
-
-    Args:
-        storage: The table.
-        plan: What the job has to cover.
-        generation: The newest one, None before the first.
-    """
-    listed = list_unit_files(storage)
-    wanted = listed.filter(_is_in(listed["unit_key"], plan.keys))
-    published = _published_outputs(storage, generation)
-    known = published.filter(_is_in(published["path"], wanted["path"]))
-    known = known.filter(_is_in(known["unit_key"], plan.keys))
-    unchecked = wanted.filter(pc.invert(_is_in(wanted["unit_key"], known["unit_key"])))
-    return pa.concat_tables([known, *_check_files(storage, unchecked["path"].to_pylist())])
-
-
-def _is_in(values: pa.ChunkedArray, wanted: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.is_in(values, wanted.combine_chunks())
-
-
-def _published_outputs(storage: Storage, generation: Generation | None) -> pa.Table:
-    if generation is None or generation.plan is None:
-        return OUTPUTS.empty_table()
-    data = read_verified(storage, generation.plan)
-    return pq.read_table(pa.BufferReader(data), columns=OUTPUTS.names).cast(OUTPUTS)
-
-
-def _check_files(storage: Storage, paths: list[str]) -> list[pa.Table]:
-    if not paths:
-        return []
-    log.info("checking %d finished files of a job that did not publish", len(paths))
-    check = ray.remote(_read_completions)
-    tasks = [check.remote(storage, some) for some in _batched(paths, _FILES_PER_CHECK)]
-    rows = [row for task in tasks for row in ray.get(task)]
-    first_by_name = {row["unit_key"]: row for row in reversed(rows)}
-    return [pa.Table.from_pylist(list(first_by_name.values()), schema=OUTPUTS)]
-
-
-def _read_completions(storage: Storage, paths: list[str]) -> list[dict[str, Any]]:
-    rows = []
-    for path in paths:
-        try:
-            rows.append(read_completion(storage, path))
-        except (IntegrityError, FileNotFoundError) as error:
-            log.warning("%s; its unit is made again", error)
-    return rows
-
-
 def write_units(storage: Storage, plan: Plan, outputs: pa.Table) -> dict[str, Any]:
     """Write the schema.UNITS table of a generation; return its schema.FILES entry.
 
@@ -150,8 +89,4 @@ def write_units(storage: Storage, plan: Plan, outputs: pa.Table) -> dict[str, An
             rest = ordered.slice(first, len(table)).drop_columns(["unit_key"])
             writer.write_table(pa.table([*table.columns, *rest.columns], schema=UNITS))
             first += len(table)
-    data = memoryview(sink.getvalue())
-    entry = file_entry("", len(plan), data)
-    entry["path"] = f"plans/{entry['sha256'][:32]}.parquet"
-    storage.write(entry["path"], data)
-    return entry
+    return store_plan(storage, memoryview(sink.getvalue()), len(plan))

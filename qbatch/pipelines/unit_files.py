@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from qbatch.errors import IntegrityError
 from qbatch.manifest import canonical_json, file_entry, read_verified
-from qbatch.schema import UNITS
+from qbatch.schema import FILES, UNITS
 from qbatch.storage import Storage
 
 OUTPUTS = pa.schema([field for field in UNITS if field.name != "spans"])
@@ -23,6 +23,7 @@ OUTPUTS = pa.schema([field for field in UNITS if field.name != "spans"])
 
 _FOOTER_KEY = b"qbatch"
 _NAME = re.compile(r"data/([0-9a-f]{32})-([0-9a-f]{16})\.parquet")
+_PARTIAL = re.compile(r"partials/([0-9a-f]{32})-[0-9a-f]{16}\.arrow")
 _ROW_GROUP_ROWS = 32_768
 _LISTING_ROWS = 100_000
 
@@ -72,6 +73,35 @@ def _output(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, An
     }
 
 
+def listed_files(outputs: pa.Table) -> pa.Table:
+    """Return the schema.FILES list of a generation from its OUTPUTS."""
+    return pa.table([outputs[name] for name in FILES.names], schema=FILES).sort_by("path")
+
+
+def listed_rejects(outputs: pa.Table) -> pa.Table:
+    """Return the schema.FILES list of reject files of a generation from its OUTPUTS."""
+    structs = outputs["rejects"].combine_chunks().drop_null()
+    return pa.table([structs.field(name) for name in FILES.names], schema=FILES).sort_by("path")
+
+
+def store_plan(storage: Storage, plan: pa.Table | memoryview, rows: int = 0) -> dict[str, Any]:
+    """Write the plan of a generation under its hash; return its schema.FILES entry.
+
+    Args:
+        storage: The table.
+        plan: The rows, or the bytes of a Parquet file that holds them.
+        rows: Of a plan that is given as bytes.
+    """
+    if isinstance(plan, pa.Table):
+        sink = pa.BufferOutputStream()
+        pq.write_table(plan, sink, compression="zstd")
+        return store_plan(storage, memoryview(sink.getvalue()), plan.num_rows)
+    entry = file_entry("", rows, plan)
+    entry["path"] = f"plans/{entry['sha256'][:32]}.parquet"
+    storage.write(entry["path"], plan)
+    return entry
+
+
 def list_unit_files(storage: Storage) -> pa.Table:
     """Return ``unit_key`` and ``path`` of every data file in name order, from one LIST."""
     schema = pa.schema([UNITS.field("unit_key"), UNITS.field("path")])
@@ -90,6 +120,40 @@ def list_unit_files(storage: Storage) -> pa.Table:
             flush()
     flush()
     return pa.concat_tables(tables)
+
+
+def write_partial(storage: Storage, key: str, table: pa.Table) -> None:
+    """Write an intermediate result as ``partials/<key>-<first 16 hex of its sha256>.arrow``.
+
+    Arrow's own format: it is read once, soon, and compressing it would take longer than that.
+    """
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = memoryview(sink.getvalue())
+    digest = hashlib.sha256(data).hexdigest()
+    storage.write(f"partials/{key}-{digest[:16]}.arrow", data)
+
+
+def read_partial(storage: Storage, path: str) -> pa.Table:
+    """Return an intermediate result after checking it against its name.
+
+    Raises:
+        IntegrityError: It is damaged.
+    """
+    data = storage.read(path)
+    if f"-{hashlib.sha256(data).hexdigest()[:16]}." not in path:
+        raise IntegrityError(
+            f"{storage.object_uri(path)} does not hold what its name says; delete it and run the "
+            "job again"
+        )
+    return pa.ipc.open_file(pa.BufferReader(data)).read_all()
+
+
+def list_partials(storage: Storage) -> dict[str, str]:
+    """Return the path of every intermediate result by key."""
+    names = (_PARTIAL.fullmatch(listed.path) for listed in storage.iter_objects("partials"))
+    return {name[1]: name[0] for name in names if name}
 
 
 def _write(
