@@ -111,9 +111,14 @@ def effort_name(factory: str) -> str:
 
 def search_parameters(
     index: faiss.Index, effort: int, selector: faiss.IDSelector | None = None
-) -> faiss.SearchParameters:
-    """Return FAISS's parameters for one search call; they keep the selector alive."""
+) -> faiss.SearchParameters | None:
+    """Return FAISS's parameters for one search call, which keep the selector alive.
+
+    None stands for no parameters: some exact indexes refuse even empty ones.
+    """
     inner = inner_index(index)
+    if selector is None and not effort_of(index).name:
+        return None
     options: dict[str, Any] = {} if selector is None else {"sel": selector}
     if isinstance(inner, faiss.IndexIVF):
         parameters = _parameters(_ivf_kind(inner), nprobe=effort, **options)
