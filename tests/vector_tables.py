@@ -1,6 +1,7 @@
 """Published vectors tables of known vectors, as the embed job lays them out, without a model."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -104,5 +105,5 @@ def split_files(table: pa.Table, num_files: int) -> dict[str, pa.Table]:
     bounds = np.linspace(0, len(table), num_files + 1).astype(int)
     return {
         f"{i:03d}.jsonl": table.slice(a, b - a)
-        for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        for i, (a, b) in enumerate(pairwise(bounds.tolist()))
     }

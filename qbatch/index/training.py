@@ -29,6 +29,23 @@ def num_training_rows(factory: str, dim: int, metric: Metric) -> int:
     return max(num_lists(index) * ROWS_PER_LIST, _CODEC_ROWS)
 
 
+def check_trainable(factory: str, dim: int, metric: Metric, num_vectors: int) -> None:
+    """Refuse a factory that so many vectors cannot train.
+
+    Raises:
+        ConfigError: There are more inverted lists than vectors.
+    """
+    _check_lists(make_index(factory, dim, metric), factory, num_vectors)
+
+
+def _check_lists(index: faiss.Index, factory: str, num_vectors: int) -> None:
+    if num_vectors < num_lists(index):
+        raise ConfigError(
+            f"--factory={factory!r} has {num_lists(index)} lists, but there are only "
+            f"{num_vectors} distinct vectors to train on; use fewer lists, Flat or auto"
+        )
+
+
 def train_template(
     factory: str, metric: Metric, sample: np.ndarray, *, seed: int, use_gpu: bool = False
 ) -> faiss.Index:
@@ -56,11 +73,7 @@ def train_template(
         inner.cp.niter = _ITERATIONS
         inner.cp.max_points_per_centroid = 2 * ROWS_PER_LIST
     distinct = _distinct_rows(sample)
-    if len(distinct) < num_lists(index):
-        raise ConfigError(
-            f"--factory={factory!r} has {num_lists(index)} lists, but there are only "
-            f"{len(distinct)} distinct vectors to train on; use fewer lists, Flat or auto"
-        )
+    _check_lists(index, factory, len(distinct))
     with train_on_gpu(index, enabled=use_gpu):
         index.train(distinct)
     return index

@@ -19,6 +19,7 @@ from qbatch.index.columns import VectorColumn
 from qbatch.index.device import has_gpu_kernels
 from qbatch.index.factory import effort_name
 from qbatch.index.memory import MemoryPlan
+from qbatch.index.training import check_trainable
 from qbatch.manifest import (
     Generation,
     latest_generation,
@@ -197,8 +198,9 @@ class _Build:
         kept = self._kept_training()
         if kept is not None:
             return kept
-        if self.config.factory != "auto":
-            self.check_fits(self.config.factory, self._even_rows(self.config.factory))
+        if (factory := self.config.factory) != "auto":
+            check_trainable(factory, self.column.dim, self.column.metric, self.ntotal)
+            self.check_fits(factory, self._even_rows(factory))
         return train(self.request, self.table, self.parts, self.storage)
 
     def _kept_training(self) -> Training | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import ray
 from ray.data import DataContext
 from ray.data.exceptions import ExecutionTimeoutError
-from ray.exceptions import ActorDiedError, RayError, WorkerCrashedError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError, WorkerCrashedError
 from ray.util.annotations import RayDeprecationWarning
 
 from qbatch import errors
@@ -72,8 +72,8 @@ def ray_session(*, stall_timeout_s: float) -> Iterator[None]:
 
 def _own_error(error: BaseException, stall_timeout_s: float) -> QbatchError | None:
     """Find the error of ours, or the one a user understands, behind Ray's wrapping."""
-    if isinstance(error, QbatchError):
-        return error
+    if isinstance(error, RayTaskError) and isinstance(error.cause, QbatchError):
+        return error.cause
     if isinstance(error, ExecutionTimeoutError):
         return StalledError(
             f"no unit moved for {stall_timeout_s:g} s (--stall-timeout-s): {error}. Finished units "

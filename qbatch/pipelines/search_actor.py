@@ -134,7 +134,8 @@ def partial_key(task: SearchTask, block: QueryBlock, shard: StoredShard) -> str:
 def load_shard(task: SearchTask, shard: StoredShard) -> ShardSearcher:
     """Return a shard ready to be searched, checked against the index's manifest."""
     storage, column = Storage(task.index), task.column
-    columns = ["doc_id", "passage_id", *(filter_columns(task.filter) if task.filter else ())]
+    filtered = filter_columns(task.filter) if task.filter else []
+    columns = list(dict.fromkeys(["doc_id", "passage_id", *filtered]))
     data = read_verified(storage, shard.ids)
     ids = pq.read_table(pa.BufferReader(data), columns=columns).combine_chunks()
     allowed = None

@@ -68,7 +68,7 @@ def test_a_wrong_header_under_a_right_hash_is_not_given_to_faiss(stored, how, mo
     storage.write(entry["path"], data)
     forged = entry | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("FAISS was given the file"))
-    with pytest.raises(IntegrityError, match="header of|too short"):
+    with pytest.raises(IntegrityError, match=r"header of|too short"):
         read_index(storage, forged, dim=DIM, metric="l2")
 
 
