@@ -25,10 +25,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 assets: venv ## download the models and tokenizers that tests use
 	@$(ASSETS) minilm qwen3-tokenizer >/dev/null || echo "some assets are missing: their tests skip"
 
-quickstart: venv ## embed the bundled corpus with a small model and ask it questions
+quickstart: venv ## embed the bundled corpus, index it, ask it questions and measure the answers
 	@model=$$($(ASSETS) minilm) && \
-	  $(PY) jobs/embed_corpus.py --config jobs/configs/quickstart.toml --model "$$model" && \
-	  $(PY) -m qbatch.quickstart.nearest --vectors quickstart-output/vectors --model "$$model"
+	  $(PY) jobs/embed_corpus.py --config jobs/configs/quickstart-embed.toml --model "$$model" && \
+	  $(PY) jobs/build_index.py --config jobs/configs/quickstart-index.toml && \
+	  $(PY) jobs/search_index.py --config jobs/configs/quickstart-search.toml && \
+	  $(PY) jobs/evaluate.py --config jobs/configs/quickstart-evaluate.toml && \
+	  $(PY) -m qbatch.quickstart.answers --run quickstart-output/run
 
 test: assets ## run the tests (minutes)
 	@$(PYTEST)
