@@ -122,6 +122,47 @@ def test_equal_lengths_are_still_causal(qwen3_dir):
     assert worst_cosine(together, alone) >= 0.99999
 
 
+INSTRUCTION = np.arange(1_000, 1_019)
+
+
+def test_a_common_instruction_is_computed_once_a_pack(qwen3_dir):
+    rng = np.random.default_rng(0)
+    tails = [rng.integers(5, 150_000, n) for n in [1, 1, 300, *rng.geometric(0.1, 200)]]
+    batch = join([np.append(INSTRUCTION, tail) for tail in tails])
+    embedder = build(qwen3_dir, token_budget=256)
+    vectors = embed(embedder, batch)
+    assert worst_cosine(vectors, one_by_one(qwen3_dir, batch, "last")) >= 0.99999
+    stats, own = embedder.stats, sum(map(len, tails))
+    assert stats.num_tokens == batch.lengths.sum() == own + 19 * len(tails)
+    assert stats.num_computed == own + 19 * stats.num_packs
+    assert stats.num_packs > 3
+
+
+def test_a_poisoned_text_spoils_no_other_that_shares_its_beginning(make_qwen3):
+    poison = 4_242
+    path = make_qwen3()
+    weights = load_file(path / "model.safetensors")
+    weights["embed_tokens.weight"][poison] = torch.nan
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    texts = [np.append(INSTRUCTION, tail) for tail in ([5, 6, 7], [5, poison, 7], [8, 9, 6])]
+    embedder = build(path)
+    vectors = embed(embedder, join(texts))
+    assert embedder.stats.num_computed == 19 + 9
+    assert np.isnan(vectors).all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("cls", "pooling"), [(BertModel, "lasttoken"), (BertModel, "mean"), (XLMRobertaModel, "cls")]
+)
+def test_encoders_share_no_beginning(make_encoder, cls, pooling):
+    path = make_encoder(tiny_encoder(cls), pooling)
+    batch = join([np.append(INSTRUCTION, tail) for tail in ([5, 6, 7], [8], [9, 6])])
+    embedder = build(path)
+    expected = one_by_one(path, batch, "last" if pooling == "lasttoken" else pooling)
+    assert worst_cosine(embed(embedder, batch), expected) >= 0.99999
+    assert embedder.stats.num_computed == batch.lengths.sum()
+
+
 def test_equal_texts_are_computed_once_and_get_equal_vectors(qwen3_dir):
     texts = [np.array([5, 6, 151_643]), np.array([7, 151_643])]
     embedder = build(qwen3_dir)
