@@ -191,7 +191,9 @@ def _attend_runs(
                 for whole, own in ((key, k), (value, v))
             )
         output = scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             attn_mask=mask,
             is_causal=is_causal and mask is None,
             scale=scale,

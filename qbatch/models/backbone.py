@@ -1,6 +1,7 @@
 """A loaded model and the fastest way through it that keeps the model's own numbers."""
 
 import logging
+from pathlib import Path
 from typing import TypedDict, Unpack, cast
 
 import numpy as np
@@ -22,7 +23,11 @@ from qbatch.models.loading import ModelSpec, Pooling, position_offset, read_conf
 logger = logging.getLogger(__name__)
 
 _CHECK_LENGTHS = np.array([9, 5, 5, 2, 1])
-_MIN_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.98, torch.float16: 0.99}
+_MIN_COSINE: dict[torch.dtype, float] = {
+    torch.float32: 0.9999,
+    torch.bfloat16: 0.98,
+    torch.float16: 0.99,
+}
 """Packed against padded at start-up; a text that sees its neighbour falls far below."""
 
 
@@ -153,7 +158,7 @@ class Backbone:
 
     @torch.inference_mode()
     def _agrees_on_prefixes(self) -> bool:
-        """Return whether a text cut into a prefix and two equal tails has the states of the text."""
+        """Return whether a text cut into a prefix and equal tails keeps its states."""
         whole, lengths = np.array([9]), np.array([2, 2, 5, 5])
         parents = np.array([-1, 0, 1, 1])
         ids, positions = self._ordinary_tokens(9), torch.arange(9, device=self.device)
@@ -164,12 +169,12 @@ class Backbone:
             states = self._packed_states(ids[twice], positions[twice], layout)
         except UnsupportedAttentionError:
             return False
-        cosine = cosine_similarity(states.float(), expected[twice].float()).min()
-        return float(cosine) >= _MIN_COSINE[self._model.dtype]
+        cosine = float(cosine_similarity(states.float(), expected[twice].float()).min())
+        return bool(cosine >= _MIN_COSINE[self._model.dtype])
 
     def _ordinary_tokens(self, count: int) -> torch.Tensor:
         """Return ids from the middle of the vocabulary; padding and its like lie at the ends."""
-        half = self._model.config.vocab_size // 2
+        half = int(self._model.config.vocab_size) // 2
         return (half + torch.arange(count) % half).to(self.device)
 
 
@@ -179,12 +184,36 @@ def load_backbone(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
     Raises:
         ConfigError: The weights are incomplete.
     """
-    config = read_config(spec.path)
+    model = load_weights(AutoModel, spec.path, dtype, device, may_miss="pooler.")
+    return Backbone(model, spec.pooling)
+
+
+def load_weights(
+    auto_class: type,
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    may_miss: str | None = None,
+) -> PreTrainedModel:
+    """Load a model in ``dtype`` onto ``device``, ready for inference, without code of its own.
+
+    Args:
+        auto_class: transformers' AutoModel or one of its kin with a head.
+        path: Directory of config.json and safetensors files.
+        dtype: Of weights and activations.
+        device: Where it computes.
+        may_miss: Weights whose names begin so may be absent; they are random then.
+
+    Raises:
+        ConfigError: The weights are incomplete.
+    """
+    config = read_config(path)
     config.use_cache = False
     # A bar for every actor would drown a job's log.
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers'
-    model, info = AutoModel.from_pretrained(
-        spec.path,
+    model, info = auto_class.from_pretrained(  # type: ignore[attr-defined]  # any Auto class
+        path,
         config=config,
         dtype=dtype,
         use_safetensors=True,
@@ -192,13 +221,15 @@ def load_backbone(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
         local_files_only=True,
         trust_remote_code=False,
     )
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    missing = sorted(
+        key for key in info["missing_keys"] if not (may_miss and key.startswith(may_miss))
+    )
     if missing:
         raise ConfigError(
-            f"Weights are missing in {spec.path}: {missing[:5]} and so on, {len(missing)} in all; "
-            f"{spec.architecture!r} needs them. Copy the model again."
+            f"Weights are missing in {path}: {missing[:5]} and so on, {len(missing)} in all; "
+            f"{config.model_type!r} needs them. Copy the model again."
         )
-    return Backbone(model.eval().to(device), spec.pooling)
+    return cast("PreTrainedModel", model.eval().to(device))
 
 
 def _pad(ids: torch.Tensor, sizes: list[int], value: int) -> torch.Tensor:

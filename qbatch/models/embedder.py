@@ -1,8 +1,8 @@
 """Token ids to vectors: only real tokens are computed, and each distinct text once."""
 
-import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -13,10 +13,9 @@ from torch.nn.functional import normalize
 
 from qbatch.errors import ConfigError
 from qbatch.models.backbone import Backbone, load_backbone
+from qbatch.models.halving import in_halves, shrunk_budget
 from qbatch.models.loading import ModelSpec, load_spec
 from qbatch.models.packing import common_prefix, distinct_texts, gather_tokens, plan_packs
-
-logger = logging.getLogger(__name__)
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -71,12 +70,11 @@ class EmbedderConfig:
         device = resolve_device(self.device)
         dtype = getattr(torch, resolve_dtype(self.dtype, device))
         backbone = load_backbone(spec, dtype, device)
-        default = _GPU_TOKEN_BUDGET if device.type == "cuda" else _CPU_TOKEN_BUDGET[dtype]
         return Embedder(
             backbone,
             spec,
             dim=dim,
-            token_budget=self.token_budget or default,
+            token_budget=self.token_budget or default_token_budget(device, dtype),
             num_threads=self.num_threads,
         )
 
@@ -156,7 +154,9 @@ class Embedder:
         device = self._backbone.device
         texts = _SortedTexts.gather(ids, lengths, first[order], num_shared, device)
         bounds = np.cumsum([0, *map(len, packs)]).tolist()
-        vectors = torch.cat([self._embed_range(texts, *pair) for pair in pairwise(bounds)])
+        embed = partial(self._embed_pack, texts)
+        shrink = partial(self._shrink, texts)
+        vectors = torch.cat([in_halves(embed, *pair, shrink) for pair in pairwise(bounds)])
         matrix: np.ndarray = vectors.cpu().numpy()[np.argsort(order)[inverse]]
         self.stats.num_texts += len(lengths)
         self.stats.num_distinct += len(first)
@@ -170,25 +170,9 @@ class Embedder:
         shared = common_prefix(ids, lengths)
         return shared if shared >= _MIN_SHARED_TOKENS else 0
 
-    def _embed_range(self, texts: "_SortedTexts", first: int, stop: int) -> torch.Tensor:
-        """Embed the texts ``first`` to ``stop``, in halves if they do not fit into memory."""
-        try:
-            return self._embed_pack(texts, first, stop)
-        except torch.OutOfMemoryError:
-            if stop - first == 1:
-                raise
-        # Outside the except clause: the error holds on to the tensors of the failed pass.
+    def _shrink(self, texts: "_SortedTexts", first: int, stop: int) -> None:
         num_tokens = int(texts.lengths[first:stop].sum())
-        self._token_budget = min(self._token_budget, max(1, num_tokens // 2))
-        logger.warning(
-            "A pack of %d tokens did not fit into memory; it is halved, and packs of later calls "
-            "have at most %d",
-            num_tokens,
-            self._token_budget,
-        )
-        middle = (first + stop) // 2
-        halves = ((first, middle), (middle, stop))
-        return torch.cat([self._embed_range(texts, *half) for half in halves])
+        self._token_budget = shrunk_budget(self._token_budget, num_tokens)
 
     def _embed_pack(self, texts: "_SortedTexts", first: int, stop: int) -> torch.Tensor:
         lengths = texts.lengths[first:stop]
@@ -244,6 +228,11 @@ class _SortedTexts:
 def resolve_device(device: str | None = None) -> torch.device:
     """Return the named device, or the GPU if there is one, or the CPU."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def default_token_budget(device: torch.device, dtype: torch.dtype) -> int:
+    """Return the tokens of one forward pass where nothing else is asked for."""
+    return _GPU_TOKEN_BUDGET if device.type == "cuda" else _CPU_TOKEN_BUDGET[dtype]
 
 
 def resolve_dtype(dtype: Literal["auto"] | DtypeName, device: torch.device) -> DtypeName:
