@@ -219,7 +219,8 @@ def scores_from_keys(keys: np.ndarray, scorer: ScorerName) -> np.ndarray:
     keys = keys.astype(np.float64)
     if scorer != "query-likelihood":
         keys = -np.logaddexp(0, -keys)
-    return np.exp(keys).astype(np.float32)
+    scores: np.ndarray = np.exp(keys)
+    return scores.astype(np.float32)
 
 
 def _check_instruction(instruction: str | None, scorer: ScorerName) -> None:
