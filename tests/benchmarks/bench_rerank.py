@@ -146,9 +146,7 @@ def compare_rerankers(
     return measure(ours, theirs, sizes, errors, dtype, options)
 
 
-def compare_queries(
-    path: Path, dtype: str, options: argparse.Namespace
-) -> list[dict[str, object]]:
+def compare_queries(path: Path, dtype: str, options: argparse.Namespace) -> list[dict[str, object]]:
     if "queries" not in options.against:
         return []
     make_qwen3(path, options.layers)
