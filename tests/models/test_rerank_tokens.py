@@ -219,9 +219,7 @@ def test_limits_out_of_range_are_refused(max_tokens):
 
 
 def test_tokenizing_loads_no_torch():
-    code = "import sys, qbatch.models.rerank_tokens; print({'torch', 'ray'} & {*sys.modules})"
-        "import sys, qbatch.models.rerank_tokens; print({'torch', 'transformers'} & {*sys.modules})"
-    )
+    code = "import sys, qbatch.models.rerank_tokens; print({'torch'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
