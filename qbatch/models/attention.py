@@ -5,7 +5,7 @@ causally to itself and to the segments it continues: what many texts begin with 
 once, and its keys and values serve all of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -29,13 +29,21 @@ class SharedKeys:
 
     prefixes: list[list[slice]]
     """For each run, the rows of the pack that its segments continue, in text order."""
-    masks: list[torch.Tensor | None]
-    """For each run with a prefix, bool of shape (length, prefix + length): causal from its end."""
     rows: torch.Tensor
     """int64, shape (keys,): of each segment in turn, the rows it continues and its own."""
     cu_keys: torch.Tensor
     """int32, shape (segments + 1,): first key of each segment, then the number of keys."""
     max_keys: int
+    masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    """Filled by ``mask``; the variable-length kernel needs none."""
+
+    def mask(self, length: int, num_keys: int) -> torch.Tensor:
+        """Return bool of shape (length, num_keys): causal, counted from the last key."""
+        shape = length, num_keys
+        if shape not in self.masks:
+            mask = torch.ones(shape, dtype=torch.bool, device=self.rows.device)
+            self.masks[shape] = mask.tril(num_keys - length)
+        return self.masks[shape]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,10 +90,6 @@ def _share_keys(
     num_keys = [sum(part.stop - part.start for part in chain) for chain in chains]
     return SharedKeys(
         prefixes=prefixes,
-        masks=[
-            _causal_mask(length, num_keys[head], device) if prefix else None
-            for (length, _), head, prefix in zip(runs, heads, prefixes, strict=True)
-        ],
         rows=_upload(np.concatenate(rows), device),
         cu_keys=_upload(np.concatenate([[0], np.cumsum(num_keys)]).astype(np.int32), device),
         max_keys=max(num_keys),
@@ -100,11 +104,6 @@ def _chains(cu_lengths: np.ndarray, parents: np.ndarray) -> list[list[slice]]:
         own = slice(bounds[segment], bounds[segment + 1])
         chains.append([*chains[parent], own] if parent >= 0 else [own])
     return chains
-
-
-def _causal_mask(length: int, num_keys: int, device: torch.device) -> torch.Tensor:
-    mask = torch.ones(length, num_keys, dtype=torch.bool, device=device)
-    return mask.tril(num_keys - length)
 
 
 def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -184,12 +183,10 @@ def _attend_runs(
         zip(pack.runs, *(torch.split(x, sizes) for x in (query, key, value)), strict=True)
     ):
         q, k, v = (x.view(count, length, *x.shape[1:]) for x in run)
-        mask = pack.shared.masks[i] if pack.shared else None
-        if pack.shared and mask is not None:
-            k, v = (
-                _prepend(whole, pack.shared.prefixes[i], own)
-                for whole, own in ((key, k), (value, v))
-            )
+        mask = None
+        if pack.shared and (prefix := pack.shared.prefixes[i]):
+            k, v = _prepend(key, prefix, k), _prepend(value, prefix, v)
+            mask = pack.shared.mask(length, k.shape[1])
         output = scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
