@@ -149,7 +149,9 @@ class Embedder:
             torch.set_num_threads(self._num_threads)
         first, inverse = distinct_texts(ids, lengths)
         num_shared = self._num_shared(ids, lengths) if len(first) > 1 else 0
-        packs = plan_packs(lengths[first] - num_shared, max(1, self._token_budget - num_shared))
+        # A long beginning must not fill the packs, or it is computed for every few texts again.
+        room = max(self._token_budget - num_shared, 3 * num_shared)
+        packs = plan_packs(lengths[first] - num_shared, room)
         order = np.concatenate(packs)
         device = self._backbone.device
         texts = _SortedTexts.gather(ids, lengths, first[order], num_shared, device)

@@ -125,6 +125,16 @@ def test_a_common_instruction_is_computed_once_a_pack(qwen3_dir):
     assert stats.num_packs > 3
 
 
+def test_a_long_common_beginning_does_not_fill_the_packs(qwen3_dir):
+    start = np.arange(1_000, 1_100)
+    batch = join([np.append(start, tail) for tail in range(5, 605)])
+    embedder = build(qwen3_dir, token_budget=101)
+    vectors = embed(embedder, batch)
+    assert embedder.stats.num_computed <= 600 + 2 * 100
+    few = join(split(batch)[:5])
+    assert worst_cosine(vectors[:5], one_by_one(qwen3_dir, few, "last")) >= 0.99999
+
+
 def test_a_poisoned_text_spoils_no_other_that_shares_its_beginning(make_qwen3):
     poison = 4_242
     path = make_qwen3()

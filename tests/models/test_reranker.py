@@ -250,6 +250,14 @@ def test_half_precision_stays_close(tied, groups, tied_reference):
     assert np.corrcoef(keys, tied_reference[: count(few)])[0, 1] > 0.995
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_variable_length_kernel_agrees_with_the_cpu(tied, groups, tied_reference):
+    reranker = build(tied, dtype="bfloat16", device="cuda")
+    assert reranker.shares_prefixes
+    assert np.corrcoef(np.concatenate(reranker.score(groups)), tied_reference)[0, 1] > 0.995
+
+
 def test_a_pack_beyond_memory_is_halved(tied, groups, tied_reference, monkeypatch, caplog):
     reranker = build(tied, token_budget=2_000)
     whole = YesNoScorer.score
