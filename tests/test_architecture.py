@@ -39,6 +39,7 @@ LIGHT = (
     *("qbatch.schema.", "qbatch.storage.", "qbatch.manifest.", "qbatch.tables.", "qbatch.corpus."),
     *("qbatch.pipelines.embed_read.", "qbatch.pipelines.embed_write."),
     *("qbatch.evaluation.", "qbatch.pipelines.evaluate."),
+    "qbatch.models.rerank_tokens.",
 )
 """What listings, readers and CPU stages import; a thousand of their processes share machines."""
 

@@ -1,7 +1,8 @@
 """A loaded model and the fastest way through it that keeps the model's own numbers."""
 
 import logging
-from typing import cast
+from pathlib import Path
+from typing import TypedDict, Unpack, cast
 
 import numpy as np
 import torch
@@ -22,8 +23,22 @@ from qbatch.models.loading import ModelSpec, Pooling, position_offset, read_conf
 logger = logging.getLogger(__name__)
 
 _CHECK_LENGTHS = np.array([9, 5, 5, 2, 1])
-_MIN_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.98, torch.float16: 0.99}
+_MIN_COSINE: dict[torch.dtype, float] = {
+    torch.float32: 0.9999,
+    torch.bfloat16: 0.98,
+    torch.float16: 0.99,
+}
 """Packed against padded at start-up; a text that sees its neighbour falls far below."""
+
+
+class StateOptions(TypedDict, total=False):
+    """What some models and packs need besides tokens."""
+
+    parents: np.ndarray | None
+    """For each segment the earlier one it continues, or -1; None means that each is a whole text.
+    Needs ``Backbone.shares_prefixes``."""
+    type_ids: torch.Tensor | None
+    """Token types, shape (tokens,); None means the model's default."""
 
 
 class Backbone:
@@ -39,46 +54,76 @@ class Backbone:
         self._pooling = pooling
         self._position_offset = position_offset(model.config)
         self.is_packed = self._switch_to_packed()
+        self.shares_prefixes = self.is_packed and pooling == "last" and self._agrees_on_prefixes()
+        """Whether ``parents`` may be given: in causal models, where packs run without padding."""
 
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
         return self._model.device
 
-    def pool(self, ids: torch.Tensor, positions: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
-        """Return one hidden state per text: float32, shape (texts, hidden_dim), not normalised.
+    def pool(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        lengths: np.ndarray,
+        **options: Unpack[StateOptions],
+    ) -> torch.Tensor:
+        """Return one hidden state per segment: float32, (segments, hidden_dim), not normalised.
+
+        The arguments are those of ``states``.
+        """
+        hidden, layout = self.states(ids, positions, lengths, **options)
+        return _POOL[self._pooling](hidden, layout)
+
+    def states(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        lengths: np.ndarray,
+        **options: Unpack[StateOptions],
+    ) -> tuple[torch.Tensor, PackLayout]:
+        """Return the last hidden states, shape (tokens, hidden_dim), and where segments lie.
 
         Args:
-            ids: Integers, the texts one after the other, shape (sum of ``lengths``,).
+            ids: Integers, the segments one after the other, shape (sum of ``lengths``,).
             positions: Of each token in its text, from 0, same shape.
-            lengths: Tokens of each text; neighbours of equal length are computed together.
+            lengths: Tokens of each segment; equal neighbours are computed together.
+            options: See ``StateOptions``.
         """
-        layout = PackLayout.from_lengths(lengths, self.device)
+        parents, type_ids = options.get("parents"), options.get("type_ids")
+        layout = PackLayout.from_lengths(lengths, self.device, parents)
         if self.is_packed:
-            hidden = self._packed_states(ids, positions, layout)
-        else:
-            hidden = self._padded_states(ids, lengths)
-        return _POOL[self._pooling](hidden, layout)
+            return self._packed_states(ids, positions, layout, type_ids), layout
+        return self._padded_states(ids, lengths, type_ids), layout
 
     def num_computed(self, lengths: np.ndarray) -> int:
         """Return how many tokens ``pool`` computes for these lengths, padding included."""
         return int(lengths.sum() if self.is_packed else lengths.max() * len(lengths))
 
     def _packed_states(
-        self, ids: torch.Tensor, positions: torch.Tensor, layout: PackLayout
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        layout: PackLayout,
+        type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         position_ids = positions[None] + self._position_offset
-        output = self._model(input_ids=ids[None], position_ids=position_ids, pack=layout)
+        types = {} if type_ids is None else {"token_type_ids": type_ids[None]}
+        output = self._model(input_ids=ids[None], position_ids=position_ids, pack=layout, **types)
         return cast("torch.Tensor", output.last_hidden_state[0])
 
-    def _padded_states(self, ids: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
+    def _padded_states(
+        self, ids: torch.Tensor, lengths: np.ndarray, type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the states of the real tokens, as the packed way would."""
-        texts = list(torch.split(ids, lengths.tolist()))
+        sizes = lengths.tolist()
         pad_id = self._model.config.pad_token_id or 0
-        input_ids = pad_sequence(texts, batch_first=True, padding_value=pad_id)
+        input_ids = _pad(ids, sizes, pad_id)
+        types = {} if type_ids is None else {"token_type_ids": _pad(type_ids, sizes, 0)}
         mask = np.arange(lengths.max()) < lengths[:, None]
         attention_mask = torch.from_numpy(mask).to(self.device)
-        output = self._model(input_ids=input_ids, attention_mask=attention_mask)
+        output = self._model(input_ids=input_ids, attention_mask=attention_mask, **types)
         return cast("torch.Tensor", output.last_hidden_state[attention_mask])
 
     def _switch_to_packed(self) -> bool:
@@ -105,13 +150,32 @@ class Backbone:
         lengths = _CHECK_LENGTHS
         layout = PackLayout.from_lengths(lengths, self.device)
         positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
-        # In the middle of a vocabulary lie ordinary tokens; padding and its like lie at the ends.
-        half = self._model.config.vocab_size // 2
-        ids = (half + torch.arange(len(positions)) % half).to(self.device)
+        ids = self._ordinary_tokens(len(positions))
         padded = self._padded_states(ids, lengths)
         self._model.set_attn_implementation(PACKED_ATTENTION)
         packed = self._packed_states(ids, positions, layout)
         return float(cosine_similarity(packed.float(), padded.float()).min())
+
+    @torch.inference_mode()
+    def _agrees_on_prefixes(self) -> bool:
+        """Return whether a text cut into a prefix and equal tails keeps its states."""
+        whole, lengths = np.array([9]), np.array([2, 2, 5, 5])
+        parents = np.array([-1, 0, 1, 1])
+        ids, positions = self._ordinary_tokens(9), torch.arange(9, device=self.device)
+        twice = torch.cat([torch.arange(9), torch.arange(4, 9)]).to(self.device)
+        expected = self._packed_states(ids, positions, PackLayout.from_lengths(whole, self.device))
+        layout = PackLayout.from_lengths(lengths, self.device, parents)
+        try:
+            states = self._packed_states(ids[twice], positions[twice], layout)
+        except UnsupportedAttentionError:
+            return False
+        cosine = float(cosine_similarity(states.float(), expected[twice].float()).min())
+        return bool(cosine >= _MIN_COSINE[self._model.dtype])
+
+    def _ordinary_tokens(self, count: int) -> torch.Tensor:
+        """Return ids from the middle of the vocabulary; padding and its like lie at the ends."""
+        half = int(self._model.config.vocab_size) // 2
+        return (half + torch.arange(count) % half).to(self.device)
 
 
 def load_backbone(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Backbone:
@@ -120,12 +184,36 @@ def load_backbone(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
     Raises:
         ConfigError: The weights are incomplete.
     """
-    config = read_config(spec.path)
+    model = load_weights(AutoModel, spec.path, dtype, device, may_miss="pooler.")
+    return Backbone(model, spec.pooling)
+
+
+def load_weights(
+    auto_class: type,
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    may_miss: str | None = None,
+) -> PreTrainedModel:
+    """Load a model in ``dtype`` onto ``device``, ready for inference, without code of its own.
+
+    Args:
+        auto_class: transformers' AutoModel or one of its kin with a head.
+        path: Directory of config.json and safetensors files.
+        dtype: Of weights and activations.
+        device: Where it computes.
+        may_miss: Weights whose names begin so may be absent; they are random then.
+
+    Raises:
+        ConfigError: The weights are incomplete.
+    """
+    config = read_config(path)
     config.use_cache = False
     # A bar for every actor would drown a job's log.
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers'
-    model, info = AutoModel.from_pretrained(
-        spec.path,
+    model, info = auto_class.from_pretrained(  # type: ignore[attr-defined]  # any Auto class
+        path,
         config=config,
         dtype=dtype,
         use_safetensors=True,
@@ -133,13 +221,19 @@ def load_backbone(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
         local_files_only=True,
         trust_remote_code=False,
     )
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    missing = sorted(
+        key for key in info["missing_keys"] if not (may_miss and key.startswith(may_miss))
+    )
     if missing:
         raise ConfigError(
-            f"Weights are missing in {spec.path}: {missing[:5]} and so on, {len(missing)} in all; "
-            f"{spec.architecture!r} needs them. Copy the model again."
+            f"Weights are missing in {path}: {missing[:5]} and so on, {len(missing)} in all; "
+            f"{config.model_type!r} needs them. Copy the model again."
         )
-    return Backbone(model.eval().to(device), spec.pooling)
+    return cast("PreTrainedModel", model.eval().to(device))
+
+
+def _pad(ids: torch.Tensor, sizes: list[int], value: int) -> torch.Tensor:
+    return pad_sequence(list(torch.split(ids, sizes)), batch_first=True, padding_value=value)
 
 
 def _pool_last(hidden: torch.Tensor, layout: PackLayout) -> torch.Tensor:

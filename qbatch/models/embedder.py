@@ -1,8 +1,8 @@
 """Token ids to vectors: only real tokens are computed, and each distinct text once."""
 
-import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -13,16 +13,18 @@ from torch.nn.functional import normalize
 
 from qbatch.errors import ConfigError
 from qbatch.models.backbone import Backbone, load_backbone
+from qbatch.models.halving import in_halves, shrunk_budget
 from qbatch.models.loading import ModelSpec, load_spec
-from qbatch.models.packing import distinct_texts, gather_tokens, plan_packs
-
-logger = logging.getLogger(__name__)
+from qbatch.models.packing import common_prefix, distinct_texts, gather_tokens, plan_packs
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 _GPU_TOKEN_BUDGET = 32_768
 _CPU_TOKEN_BUDGET = {torch.float32: 1_024, torch.bfloat16: 2_048, torch.float16: 2_048}
 """Activations of a pack should stay in the last-level cache."""
+
+_MIN_SHARED_TOKENS = 8
+"""A shorter beginning saves less than the attention across segments costs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,12 +70,11 @@ class EmbedderConfig:
         device = resolve_device(self.device)
         dtype = getattr(torch, resolve_dtype(self.dtype, device))
         backbone = load_backbone(spec, dtype, device)
-        default = _GPU_TOKEN_BUDGET if device.type == "cuda" else _CPU_TOKEN_BUDGET[dtype]
         return Embedder(
             backbone,
             spec,
             dim=dim,
-            token_budget=self.token_budget or default,
+            token_budget=self.token_budget or default_token_budget(device, dtype),
             num_threads=self.num_threads,
         )
 
@@ -88,7 +89,8 @@ class EmbedStats:
     num_tokens: int = 0
     """Tokens of the distinct texts."""
     num_computed: int = 0
-    """Tokens that went through the model: ``num_tokens`` and padding."""
+    """Tokens that went through the model: padding counts, and what texts of a pack begin with in
+    common counts once a pack."""
     embed_s: float = 0.0
     """Seconds inside ``embed``."""
 
@@ -146,43 +148,48 @@ class Embedder:
             # OpenMP keeps the number per calling thread, and actors call from other threads.
             torch.set_num_threads(self._num_threads)
         first, inverse = distinct_texts(ids, lengths)
-        packs = plan_packs(lengths[first], self._token_budget)
+        num_shared = self._num_shared(ids, lengths) if len(first) > 1 else 0
+        # A long beginning must not fill the packs, or it is computed for every few texts again.
+        room = max(self._token_budget - num_shared, 3 * num_shared)
+        packs = plan_packs(lengths[first] - num_shared, room)
         order = np.concatenate(packs)
-        texts = _SortedTexts.gather(ids, lengths, first[order], self._backbone.device)
+        device = self._backbone.device
+        texts = _SortedTexts.gather(ids, lengths, first[order], num_shared, device)
         bounds = np.cumsum([0, *map(len, packs)]).tolist()
-        vectors = torch.cat([self._embed_range(texts, *pair) for pair in pairwise(bounds)])
+        embed = partial(self._embed_pack, texts)
+        shrink = partial(self._shrink, texts)
+        vectors = torch.cat([in_halves(embed, *pair, shrink) for pair in pairwise(bounds)])
         matrix: np.ndarray = vectors.cpu().numpy()[np.argsort(order)[inverse]]
         self.stats.num_texts += len(lengths)
         self.stats.num_distinct += len(first)
         self.stats.embed_s += time.perf_counter() - started
         return matrix
 
-    def _embed_range(self, texts: "_SortedTexts", first: int, stop: int) -> torch.Tensor:
-        """Embed the texts ``first`` to ``stop``, in halves if they do not fit into memory."""
-        try:
-            return self._embed_pack(texts, first, stop)
-        except torch.OutOfMemoryError:
-            if stop - first == 1:
-                raise
-        # Outside the except clause: the error holds on to the tensors of the failed pass.
+    def _num_shared(self, ids: np.ndarray, lengths: np.ndarray) -> int:
+        """Return how many tokens, such as those of an instruction, are computed once a pack."""
+        if not self._backbone.shares_prefixes:
+            return 0
+        shared = common_prefix(ids, lengths)
+        return shared if shared >= _MIN_SHARED_TOKENS else 0
+
+    def _shrink(self, texts: "_SortedTexts", first: int, stop: int) -> None:
         num_tokens = int(texts.lengths[first:stop].sum())
-        self._token_budget = min(self._token_budget, max(1, num_tokens // 2))
-        logger.warning(
-            "A pack of %d tokens did not fit into memory; it is halved, and packs of later calls "
-            "have at most %d",
-            num_tokens,
-            self._token_budget,
-        )
-        middle = (first + stop) // 2
-        halves = ((first, middle), (middle, stop))
-        return torch.cat([self._embed_range(texts, *half) for half in halves])
+        self._token_budget = shrunk_budget(self._token_budget, num_tokens)
 
     def _embed_pack(self, texts: "_SortedTexts", first: int, stop: int) -> torch.Tensor:
         lengths = texts.lengths[first:stop]
+        num_shared = len(texts.shared)
         tokens = slice(texts.starts[first], texts.starts[first] + lengths.sum())
-        pooled = self._backbone.pool(texts.ids[tokens], texts.positions[tokens], lengths)
+        ids, positions = texts.ids[tokens], texts.positions[tokens]
         self.stats.num_packs += 1
-        self.stats.num_tokens += int(lengths.sum())
+        self.stats.num_tokens += int(lengths.sum()) + num_shared * len(lengths)
+        if num_shared:
+            positions = torch.cat([torch.arange(num_shared, device=ids.device), positions])
+            ids, lengths = torch.cat([texts.shared, ids]), np.append(num_shared, lengths)
+            parents = np.append(-1, np.zeros(len(lengths) - 1, np.int64))
+            pooled = self._backbone.pool(ids, positions, lengths, parents=parents)[1:]
+        else:
+            pooled = self._backbone.pool(ids, positions, lengths)
         self.stats.num_computed += self._backbone.num_computed(lengths)
         pooled = pooled[:, : self.dim]
         return normalize(pooled, dim=-1) if self.spec.normalize else pooled
@@ -192,6 +199,8 @@ class Embedder:
 class _SortedTexts:
     """The distinct texts of one call, in pack order, on the device."""
 
+    shared: torch.Tensor
+    """What all of them begin with; the rest is without it."""
     ids: torch.Tensor
     positions: torch.Tensor
     lengths: np.ndarray
@@ -199,12 +208,18 @@ class _SortedTexts:
 
     @classmethod
     def gather(
-        cls, ids: np.ndarray, lengths: np.ndarray, order: np.ndarray, device: torch.device
+        cls,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        order: np.ndarray,
+        num_shared: int,
+        device: torch.device,
     ) -> "_SortedTexts":
         """Upload once; packs are then views, and no pack waits for the one before it."""
-        tokens, positions = gather_tokens(ids, lengths, order)
-        lengths = lengths[order].astype(np.int64)
+        tokens, positions = gather_tokens(ids, lengths, order, skip=num_shared)
+        lengths = lengths[order].astype(np.int64) - num_shared
         return cls(
+            shared=torch.from_numpy(ids[:num_shared].astype(np.int64)).to(device),
             ids=torch.from_numpy(tokens.astype(np.int64)).to(device),
             positions=torch.from_numpy(positions).to(device),
             lengths=lengths,
@@ -215,6 +230,11 @@ class _SortedTexts:
 def resolve_device(device: str | None = None) -> torch.device:
     """Return the named device, or the GPU if there is one, or the CPU."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def default_token_budget(device: torch.device, dtype: torch.dtype) -> int:
+    """Return the tokens of one forward pass where nothing else is asked for."""
+    return _GPU_TOKEN_BUDGET if device.type == "cuda" else _CPU_TOKEN_BUDGET[dtype]
 
 
 def resolve_dtype(dtype: Literal["auto"] | DtypeName, device: torch.device) -> DtypeName:

@@ -69,22 +69,22 @@ def load_spec(path: Path) -> ModelSpec:
     """
     modules = _modules(path)
     root = path / modules["Transformer"] if modules else path
-    tokenizer_config = _read_json(root / "tokenizer_config.json", default={})
-    _refuse_remote_code(root, tokenizer_config)
+    tokenizer_config = read_json(root / "tokenizer_config.json", default={})
+    refuse_remote_code(root, tokenizer_config)
     config = read_config(root)
-    _weight_files(root)
-    sentence = _read_json(path / "config_sentence_transformers.json", default={})
+    weight_files(root)
+    sentence = read_json(path / "config_sentence_transformers.json", default={})
     return ModelSpec(
         path=root,
         subfolder=modules["Transformer"] if modules else "",
         architecture=config.model_type,
         hidden_dim=config.hidden_size,
-        max_tokens=_max_tokens(root, config, tokenizer_config),
+        max_tokens=read_max_tokens(root, config, tokenizer_config),
         vocab_rows=config.vocab_size,
         pooling=_pooling(path, modules, config.model_type),
         normalize=_is_normalized(modules, sentence),
         prompts=_prompts(sentence),
-        tokenizer_sha256=_tokenizer_sha256(root),
+        tokenizer_sha256=hash_tokenizer(root),
     )
 
 
@@ -95,8 +95,8 @@ def read_config(root: Path) -> PreTrainedConfig:
         ConfigError: transformers has no such architecture, or the model wants its own code or has
             an encoder and a decoder.
     """
-    raw = _read_json(root / "config.json")
-    _refuse_remote_code(root, raw)
+    raw = read_json(root / "config.json")
+    refuse_remote_code(root, raw)
     if raw.get("model_type") not in CONFIG_MAPPING:
         raise ConfigError(
             f"Unknown architecture in {root / 'config.json'}: {raw.get('model_type')!r}. Allowed "
@@ -115,14 +115,15 @@ def read_config(root: Path) -> PreTrainedConfig:
 def weights_sha256(path: Path) -> str:
     """Return one hash over the names and bytes of all safetensors files in ``ModelSpec.path``."""
     digest = hashlib.sha256()
-    for file in _weight_files(path):
+    for file in weight_files(path):
         with file.open("rb") as stream:
             digest.update(f"{file.name}:".encode())
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
-def _weight_files(root: Path) -> list[Path]:
+def weight_files(root: Path) -> list[Path]:
+    """Return the safetensors files of a model, or raise ConfigError if it has none."""
     files = sorted(root.glob("*.safetensors"))
     if not files:
         others = sorted(f.name for f in root.glob("*.bin"))
@@ -134,7 +135,8 @@ def _weight_files(root: Path) -> list[Path]:
     return files
 
 
-def _read_json(file: Path, default: object = None) -> Any:  # noqa: ANN401 - any JSON value
+def read_json(file: Path, default: object = None) -> Any:  # noqa: ANN401 - any JSON value
+    """Return what a model file says; ``default`` replaces a missing file, else ConfigError."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -148,7 +150,8 @@ def _read_json(file: Path, default: object = None) -> Any:  # noqa: ANN401 - any
         raise ConfigError(f"A model file is not JSON: {file} ({e}). Copy the model again.") from e
 
 
-def _refuse_remote_code(root: Path, config: dict[str, Any]) -> None:
+def refuse_remote_code(root: Path, config: dict[str, Any]) -> None:
+    """Raise ConfigError if a config names code of the model's own."""
     if "auto_map" in config:
         raise ConfigError(
             f"The model at {root} wants to run its own code: auto_map {config['auto_map']}. Only "
@@ -158,7 +161,7 @@ def _refuse_remote_code(root: Path, config: dict[str, Any]) -> None:
 
 def _modules(path: Path) -> dict[str, str]:
     """Return the folder of each sentence-transformers module by class name; {} without the file."""
-    entries = _read_json(path / "modules.json", default=[])
+    entries = read_json(path / "modules.json", default=[])
     names = [entry["type"].rpartition(".")[2] for entry in entries]
     ours = all(entry["type"].startswith("sentence_transformers.") for entry in entries)
     allowed = ["Transformer", "Pooling", "Normalize"]
@@ -180,7 +183,7 @@ def _pooling(path: Path, modules: Mapping[str, str], architecture: str) -> Pooli
             "only a qwen3 model may lack it. Use a sentence-transformers directory."
         )
     file = path / modules["Pooling"] / "config.json"
-    pooling = _read_json(file)
+    pooling = read_json(file)
     modes = _pooling_modes(pooling)
     if len(modes) != 1 or modes[0] not in _POOLINGS or not pooling.get("include_prompt", True):
         raise ConfigError(
@@ -216,9 +219,10 @@ def _prompts(sentence: dict[str, Any]) -> dict[str, str]:
     return prompts
 
 
-def _max_tokens(root: Path, config: PreTrainedConfig, tokenizer_config: dict[str, Any]) -> int:
+def read_max_tokens(root: Path, config: PreTrainedConfig, tokenizer_config: dict[str, Any]) -> int:
+    """Return the smallest length limit that a model directory states, special tokens included."""
     file = next(root.glob("sentence_*_config.json"), None)  # sentence_bert_, sentence_roberta_ ...
-    sentence = _read_json(file) if file else {}
+    sentence = read_json(file) if file else {}
     if sentence.get("do_lower_case"):
         raise ConfigError(
             f"Unsupported do_lower_case in {file}: true; allowed is false. Let the tokenizer's own "
@@ -238,7 +242,8 @@ def position_offset(config: PreTrainedConfig) -> int:
     return int(config.pad_token_id) + 1 if config.model_type in counts_from_pad else 0
 
 
-def _tokenizer_sha256(root: Path) -> str:
+def hash_tokenizer(root: Path) -> str:
+    """Return the sha256 of tokenizer.json, or raise ConfigError if there is none."""
     file = root / "tokenizer.json"
     if not file.is_file():
         raise ConfigError(

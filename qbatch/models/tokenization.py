@@ -70,7 +70,7 @@ class TextTokenizer:
             ConfigError: ``max_tokens`` is out of range, or the directory is unusable.
         """
         spec = spec or _read_spec(path)
-        tokenizer = _read_tokenizer(path / spec.subfolder, spec)
+        tokenizer = read_tokenizer(path / spec.subfolder, spec)
         special = tokenizer.num_special_tokens_to_add(is_pair=False)
         max_tokens = spec.max_tokens if max_tokens is None else max_tokens
         if not special < max_tokens <= spec.max_tokens:
@@ -91,13 +91,11 @@ class TextTokenizer:
         """A tokenizer of bare text for a splitter: no truncation, padding or special tokens."""
         tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
         tokenizer.encode_special_tokens = True
-        tokenizer.no_truncation()
-        tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-        return tokenizer
+        return without_special_tokens(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> TokenBatch:
         """Return the token ids of ``texts``, truncated to ``max_tokens``, with special tokens."""
-        parts = [_flatten(batch) for batch in _encode_batches(self._tokenizer, texts)]
+        parts = [flatten(batch) for batch in encode_batches(self._tokenizer, texts)]
         if not parts:
             return TokenBatch(ids=np.empty(0, np.int32), lengths=np.empty(0, np.int32))
         ids, lengths = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -105,8 +103,15 @@ class TextTokenizer:
 
     def count(self, texts: Sequence[str]) -> np.ndarray:
         """Return the tokens of each bare text before truncation: int32, shape (texts,)."""
-        batches = _encode_batches(self.backend, texts)
+        batches = encode_batches(self.backend, texts)
         return np.fromiter(map(len, chain.from_iterable(batches)), np.int32, len(texts))
+
+
+def without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """Make ``tokenizer`` give the tokens of the bare text, all of them, and return it."""
+    tokenizer.no_truncation()
+    tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    return tokenizer
 
 
 def _read_spec(path: Path) -> TokenizerSpec:
@@ -115,7 +120,8 @@ def _read_spec(path: Path) -> TokenizerSpec:
     return load_spec(path).tokenizer
 
 
-def _read_tokenizer(folder: Path, spec: TokenizerSpec) -> Tokenizer:
+def read_tokenizer(folder: Path, spec: TokenizerSpec) -> Tokenizer:
+    """Return the tokenizer of a model directory: special tokens in a text are text to it."""
     tokenizer = _within_rows(folder / "tokenizer.json", spec)
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
@@ -164,13 +170,14 @@ def _append_end(tokenizer: Tokenizer, path: Path) -> None:
         )
 
 
-def _encode_batches(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[Encoding]]:
+def encode_batches(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[Encoding]]:
     """Encode in batches: the encodings of a whole unit would take gigabytes."""
     for start in range(0, len(texts), _BATCH_TEXTS):
         yield tokenizer.encode_batch_fast(list(texts[start : start + _BATCH_TEXTS]))
 
 
-def _flatten(encodings: Iterable[Encoding]) -> tuple[np.ndarray, np.ndarray]:
+def flatten(encodings: Iterable[Encoding]) -> tuple[np.ndarray, np.ndarray]:
+    """Return all ids one after the other and the number of each text's, both int32."""
     ids = [encoding.ids for encoding in encodings]
     lengths = np.fromiter(map(len, ids), np.int32, len(ids))
     return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths

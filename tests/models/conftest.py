@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import (
     BertConfig,
     BertModel,
@@ -18,6 +19,9 @@ from transformers import (
 
 from tests import assets
 from tests.tiny_models import write_modules
+
+settings.register_profile("busy", deadline=None)  # machines that run tests are often busy
+settings.load_profile("busy")
 
 MakeQwen3 = Callable[..., Path]
 MakeEncoder = Callable[..., Path]
@@ -41,7 +45,7 @@ def make_qwen3(tmp_path_factory: pytest.TempPathFactory) -> MakeQwen3:
         model.get_input_embeddings().weight.data[config.pad_token_id].normal_(0, 0.2)
         path = tmp_path_factory.mktemp("qwen3")
         model.save_pretrained(path)
-        return _link(assets.qwen3_tokenizer(), path)
+        return link_tokenizer(assets.qwen3_tokenizer(), path)
 
     return make
 
@@ -74,7 +78,7 @@ def make_encoder(tmp_path_factory: pytest.TempPathFactory) -> MakeEncoder:
         path = tmp_path_factory.mktemp("encoder")
         model.save_pretrained(path)
         write_modules(path, {"pooling_mode": pooling})
-        return _link(assets.minilm(), path)
+        return link_tokenizer(assets.minilm(), path)
 
     return make
 
@@ -95,7 +99,7 @@ def tiny_encoder(cls: type[PreTrainedModel] = BertModel) -> PreTrainedModel:
     return cls(config)
 
 
-def _link(tokenizer: Path, path: Path) -> Path:
+def link_tokenizer(tokenizer: Path, path: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / name).symlink_to(tokenizer / name)
     return path

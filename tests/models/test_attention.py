@@ -18,6 +18,63 @@ def random_states(num_heads: int) -> torch.Tensor:
     return torch.randn(1, int(LENGTHS.sum()), num_heads, 8).transpose(1, 2)
 
 
+PARENTS = np.array([-1, 0, 1, 0, -1, 4, 3])
+"""Of segments of ``LENGTHS``: chains of up to three, and a second tree."""
+
+
+def test_segments_attend_to_what_they_continue():
+    torch.manual_seed(0)
+    query, key, value = random_states(4), random_states(2), random_states(2)
+    pack = PackLayout.from_lengths(LENGTHS, torch.device("cpu"), PARENTS)
+    output, _ = packed_attention(
+        layer(is_causal=True), query, key, value, None, pack=pack, scaling=0.3
+    )
+    starts = np.cumsum(LENGTHS) - LENGTHS
+    for segment in range(len(LENGTHS)):
+        rows, ancestor = [], segment
+        while ancestor >= 0:
+            rows = [*range(starts[ancestor], starts[ancestor] + LENGTHS[ancestor]), *rows]
+            ancestor = PARENTS[ancestor]
+        for i, row in enumerate(rows[-LENGTHS[segment] :], start=len(rows) - LENGTHS[segment]):
+            for head in range(4):
+                seen = rows[: i + 1]
+                scores = key[0, head // 2, seen] @ query[0, head, row] * 0.3
+                expected = scores.softmax(0) @ value[0, head // 2, seen]
+                torch.testing.assert_close(output[0, row, head], expected)
+
+
+def test_what_a_segment_does_not_continue_cannot_touch_it():
+    torch.manual_seed(0)
+    states = random_states(2)
+    poisoned = states.clone()
+    poisoned[:, :, 7 + 4 :] = torch.nan  # all but the first two segments, 1 continues 0
+    pack = PackLayout.from_lengths(LENGTHS, torch.device("cpu"), PARENTS)
+    clean, spoilt = (
+        packed_attention(layer(is_causal=True), x, x, x, None, pack=pack)[0]
+        for x in (states, poisoned)
+    )
+    assert torch.equal(spoilt[:, : 7 + 4], clean[:, : 7 + 4])
+    assert spoilt[:, 7 + 4 :].isnan().any()
+
+
+def test_the_rows_of_the_variable_length_kernel_are_those_of_the_chains():
+    pack = PackLayout.from_lengths(LENGTHS, torch.device("cpu"), PARENTS)
+    starts, chains = np.cumsum(LENGTHS) - LENGTHS, []
+    for segment, parent in enumerate(PARENTS):
+        own = [*range(starts[segment], starts[segment] + LENGTHS[segment])]
+        chains.append([*chains[parent], *own] if parent >= 0 else own)
+    assert pack.shared.rows.tolist() == [row for chain in chains for row in chain]
+    assert pack.shared.cu_keys.diff().tolist() == [len(chain) for chain in chains]
+    assert pack.shared.max_keys == max(map(len, chains))
+
+
+def test_segments_of_a_model_that_sees_the_future_are_refused():
+    states = random_states(2)
+    pack = PackLayout.from_lengths(LENGTHS, torch.device("cpu"), PARENTS)
+    with pytest.raises(UnsupportedAttentionError, match="is not causal"):
+        packed_attention(layer(is_causal=False), states, states, states, None, pack=pack)
+
+
 def naive_attention(query, key, value, *, is_causal: bool, scale: float) -> torch.Tensor:
     """Return softmax(q k) v written out, one text and one head at a time."""
     group = query.shape[1] // key.shape[1]

@@ -1,5 +1,4 @@
 import logging
-import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -19,23 +18,11 @@ from qbatch.models.tokenization import TextTokenizer, TokenBatch
 from qbatch.models.vectors import truncate_normalise
 from tests import assets
 from tests.models.conftest import tiny_encoder
-
-SCRIPT_STARTS = (
-    *(0x41, 0xC0, 0x100, 0x370, 0x410, 0x531, 0x5D0, 0x620, 0x710, 0x780, 0x905, 0x985, 0xA05),
-    *(0xA85, 0xB05, 0xB85, 0xC05, 0xC85, 0xD05, 0xD85, 0xE01, 0xE81, 0xF40, 0x1000, 0x10D0),
-    *(0x1200, 0x13A0, 0x1780, 0x1820, 0x2C00, 0x3041, 0x30A1, 0x4E00, 0xAC00, 0x1F600),
-)
-"""First letters of 34 scripts, and of the emoji."""
+from tests.models.scripts import random_text
 
 
 def build(path: Path, **settings) -> Embedder:
     return EmbedderConfig(model_path=path, **({"dtype": "float32"} | settings)).build()
-
-
-def random_text(rng: np.random.Generator, num_words: int) -> str:
-    start = rng.choice(SCRIPT_STARTS)
-    letters = [chr(start + i) for i in range(26) if unicodedata.category(chr(start + i)) != "Cn"]
-    return " ".join("".join(rng.choice(letters, rng.integers(1, 8))) for _ in range(num_words))
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +107,57 @@ def test_equal_lengths_are_still_causal(qwen3_dir):
     together = embed(embedder, join([a, b]))
     alone = np.concatenate([embed(embedder, join([a])), embed(embedder, join([b]))])
     assert worst_cosine(together, alone) >= 0.99999
+
+
+INSTRUCTION = np.arange(1_000, 1_019)
+
+
+def test_a_common_instruction_is_computed_once_a_pack(qwen3_dir):
+    rng = np.random.default_rng(0)
+    tails = [rng.integers(5, 150_000, n) for n in [1, 1, 300, *rng.geometric(0.1, 200)]]
+    batch = join([np.append(INSTRUCTION, tail) for tail in tails])
+    embedder = build(qwen3_dir, token_budget=256)
+    vectors = embed(embedder, batch)
+    assert worst_cosine(vectors, one_by_one(qwen3_dir, batch, "last")) >= 0.99999
+    stats, own = embedder.stats, sum(map(len, tails))
+    assert stats.num_tokens == batch.lengths.sum() == own + 19 * len(tails)
+    assert stats.num_computed == own + 19 * stats.num_packs
+    assert stats.num_packs > 3
+
+
+def test_a_long_common_beginning_does_not_fill_the_packs(qwen3_dir):
+    start = np.arange(1_000, 1_100)
+    batch = join([np.append(start, tail) for tail in range(5, 605)])
+    embedder = build(qwen3_dir, token_budget=101)
+    vectors = embed(embedder, batch)
+    assert embedder.stats.num_computed <= 600 + 2 * 100
+    few = join(split(batch)[:5])
+    assert worst_cosine(vectors[:5], one_by_one(qwen3_dir, few, "last")) >= 0.99999
+
+
+def test_a_poisoned_text_spoils_no_other_that_shares_its_beginning(make_qwen3):
+    poison = 4_242
+    path = make_qwen3()
+    weights = load_file(path / "model.safetensors")
+    weights["embed_tokens.weight"][poison] = torch.nan
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    texts = [np.append(INSTRUCTION, tail) for tail in ([5, 6, 7], [5, poison, 7], [8, 9, 6])]
+    embedder = build(path)
+    vectors = embed(embedder, join(texts))
+    assert embedder.stats.num_computed == 19 + 9
+    assert np.isnan(vectors).all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("cls", "pooling"), [(BertModel, "lasttoken"), (BertModel, "mean"), (XLMRobertaModel, "cls")]
+)
+def test_encoders_share_no_beginning(make_encoder, cls, pooling):
+    path = make_encoder(tiny_encoder(cls), pooling)
+    batch = join([np.append(INSTRUCTION, tail) for tail in ([5, 6, 7], [8], [9, 6])])
+    embedder = build(path)
+    expected = one_by_one(path, batch, "last" if pooling == "lasttoken" else pooling)
+    assert worst_cosine(embed(embedder, batch), expected) >= 0.99999
+    assert embedder.stats.num_computed == batch.lengths.sum()
 
 
 def test_equal_texts_are_computed_once_and_get_equal_vectors(qwen3_dir):
