@@ -52,7 +52,11 @@ class Job:
 
     def kill_actor(self) -> bool:
         """SIGKILL one embedding actor; False when none runs."""
-        return any(_kill(pid) for pid in self.pids("ray::MapWorker(MapBatches(EmbedActor))"))
+        return self.kill_worker("ray::MapWorker(MapBatches(EmbedActor))")
+
+    def kill_worker(self, title: str) -> bool:
+        """SIGKILL one process whose title begins like this; False when none runs."""
+        return any(_kill(pid) for pid in self.pids(title))
 
     def pids(self, title: str) -> list[int]:
         """Return the processes of this job whose command line begins with ``title``."""
