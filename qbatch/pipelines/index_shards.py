@@ -104,8 +104,9 @@ def finished_shards(
         published: Records of the newest generation, by key.
     """
     done = {key: published[key] for key in wanted if key in published}
-    listed = [(m[1], o.path) for o in storage.iter_objects("ids") if (m := _NAME.fullmatch(o.path))]
-    unchecked = [(key, path) for key, path in listed if key in wanted and key not in done]
+    open_keys = set(wanted) - set(done)
+    names = (_NAME.fullmatch(listed.path) for listed in storage.iter_objects("ids"))
+    unchecked = [(name[1], name[0]) for name in names if name and name[1] in open_keys]
     if unchecked:
         log.info("checking %d finished shards of a job that did not publish", len(unchecked))
     check = ray.remote(max_retries=MAX_RETRIES)(_read_record)

@@ -190,6 +190,10 @@ def _query_source(config: SearchIndexConfig, index: Generation) -> QuerySource:
         )
     uri = _embed_texts(config, index) if _are_texts(config) else config.queries
     published = open_vectors(uri).generation
+    if published.kind != "vectors":
+        raise ConfigError(
+            f"--queries={uri} holds {published.kind}; give texts, vectors or a vectors table"
+        )
     check_same_space(embedding, published.fingerprint)
     column = VectorColumn.of(published.fingerprint, dim)
     return QuerySource(uri=uri, generation=published, id_column="doc_id", column=column)

@@ -248,6 +248,8 @@ def test_what_is_no_index_is_refused(config):
         search_index(replace(config, index=config.queries))
     with pytest.raises(NoInputError, match="no published generation"):
         search_index(replace(config, index=f"{config.output}/nothing"))
+    with pytest.raises(ConfigError, match="holds index; give texts, vectors"):
+        search_index(replace(config, queries=config.index))
 
 
 def test_a_damaged_shard_is_a_typed_error(config, tmp_path):
