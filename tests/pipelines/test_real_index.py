@@ -5,7 +5,6 @@ The vectors stay in the cache of assets, where the embed job finds its finished 
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import faiss
@@ -33,19 +32,23 @@ pytestmark = [
 
 NUM_MINILM, NUM_QUERIES, NUM_SHARDS = 60_000, 1000, 8
 FIRST_CHARACTERS = 160
-"""Of a description's body: MiniLM embeds sixty thousand of these in minutes, not in an hour."""
+"""Of a description's body, for the model that reads characters."""
 
 
-def descriptions() -> Iterator[dict]:
-    """Yield every distinct description in a random order: languages are mixed in all files."""
+def descriptions(*, with_body: bool) -> list[dict]:
+    """Return distinct descriptions in random order: languages are mixed in all files.
+
+    MiniLM gets the one-line form: sixty thousand of those take minutes, with bodies half an hour.
+    """
     rows = {}
     for line in assets.debian_descriptions().open(encoding="utf-8"):
         row = json.loads(line)
         text = f"{row['synopsis']}. {row['body'][:FIRST_CHARACTERS]}"
+        text = text if with_body else row["synopsis"]
         rows[text] = {"doc_id": row["id"], "text": text, "lang": row["lang"]}
     shuffled = list(rows.values())
     random.Random(0).shuffle(shuffled)
-    yield from shuffled
+    return shuffled
 
 
 def vectors_of(name: str, model: Path, num_rows: int | None) -> str:
@@ -55,7 +58,7 @@ def vectors_of(name: str, model: Path, num_rows: int | None) -> str:
     if not corpus.exists():
         staged = root / "staged"
         staged.mkdir(parents=True, exist_ok=True)
-        rows = list(descriptions())[:num_rows]
+        rows = descriptions(with_body=num_rows is None)[:num_rows]
         for i in range(0, len(rows), 2000):
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows[i : i + 2000]]
             (staged / f"{i // 2000:03d}.jsonl").write_text("".join(lines), encoding="utf-8")
