@@ -63,7 +63,8 @@ class SearchActor:
             shards: Numbers of the shards; all that exist finish the block.
 
         Returns:
-            ``seconds`` by stage, and ``output``, a row of OUTPUTS, once the block is finished.
+            ``seconds`` by stage, ``span``, when shards were ready and when the block was done, by
+            the clock, and ``output``, a row of OUTPUTS, once the block is finished.
         """
         seconds: dict[str, float] = {}
         with _timed(seconds, "read"):
@@ -72,11 +73,12 @@ class SearchActor:
             use_threads(self._task.num_threads)
             with _timed(seconds, "load"):
                 self._hold(group)
+            ready_at = time.time()
             with _timed(seconds, "search"):
                 tables = self._search(queries, shards)
         with _timed(seconds, "write"):
             output = self._store(block, queries, tables)
-        return {"seconds": seconds, "output": output}
+        return {"seconds": seconds, "span": (ready_at, time.time()), "output": output}
 
     def _read(self, block: QueryBlock) -> Queries:
         with self._file_lock:
