@@ -7,7 +7,6 @@ fetching more and dropping them; queries left short are searched again, deeper.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import faiss
 import numpy as np
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 from qbatch.index.columns import Metric
 from qbatch.index.device import MAX_GPU_DEPTH, honours_selectors, is_on_gpu, to_gpu
 from qbatch.index.factory import inner_index, search_parameters
-from qbatch.index.neighbours import Neighbours
+from qbatch.index.neighbours import Neighbours, search_lists
 
 _DEEPER = 4
 """Queries left short are searched for this many times as many rows."""
@@ -177,7 +176,7 @@ class ShardSearcher:
         chosen = queries if len(waiting) == len(queries) else queries[waiting]
         if assignment is not None and selector is None and can_share_assignment(index):
             lists, near = assignment.lists[waiting], assignment.distances[waiting]
-            distances, rows = _search_lists(index, chosen, fetch, lists, near)
+            distances, rows = search_lists(index, chosen, fetch, lists, near)
         else:
             parameters = search_parameters(index, effort, selector)
             distances, rows = index.search(chosen, fetch, params=parameters)
@@ -195,19 +194,6 @@ class ShardSearcher:
             drop |= _is_repeated(np.where(drop, -2, documents))
         kept = found.without(drop) if drop.any() else found
         return Neighbours(rows=kept.rows[:, :depth], scores=kept.scores[:, :depth])
-
-
-def _search_lists(
-    index: Any,  # noqa: ANN401 - the stubs know these only of IndexIVF
-    queries: np.ndarray,
-    depth: int,
-    lists: np.ndarray,
-    near: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Search given lists; FAISS's wrapper takes their number from the index, not from a call."""
-    index.nprobe = lists.shape[1]
-    distances, rows = index.search_preassigned(queries, depth, lists, near)
-    return distances, rows
 
 
 def _is_repeated(codes: np.ndarray) -> np.ndarray:
