@@ -78,6 +78,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=20_000)
     parser.add_argument("--top-k", type=int, default=10)
     parser.add_argument("--factory", default="IVF4096,SQ8")
+    parser.add_argument("--target-recall", type=float, default=0.95)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--files", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=3)
@@ -174,7 +175,7 @@ def build_pair(folder: Path, options: argparse.Namespace, number: int) -> dict:
         "factory": options.factory,
         "num_shards": options.shards,
         "num_probes": NUM_PROBES,
-        "target_recall": 0.9,
+        "target_recall": options.target_recall,
     }
     found = {"trains": trains, "plain": run_side("plain_faiss", "build", plain)}
     job = run_side("index_job", "build_index", {"flags": flags, "threads": options.threads})
