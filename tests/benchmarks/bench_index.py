@@ -34,6 +34,7 @@ from qbatch.index.columns import VectorColumn
 from qbatch.index.memory import MemoryPlan
 from qbatch.index.training import num_training_rows
 from qbatch.manifest import latest_generation
+from qbatch.pipelines.search_schedule import needed_bytes
 from qbatch.pipelines.search_task import stored_shards
 from qbatch.storage import Storage
 from qbatch.tables import open_table
@@ -60,9 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
         idle = run_side("index_job", "none", {"flags": {}, "threads": options.threads})
         builds = [build_pair(folder, options, i) for i in range(options.pairs)]
         print_builds(builds, idle)
-        memory = compare_memory(folder, options, builds)
         searches = search_pairs(folder, options)
         print_searches(searches, idle)
+        memory = compare_memory(folder, options, [p["job"] for p in (*builds, *searches)])
         peer = autofaiss(folder, options) if options.autofaiss else None
         recalls = print_recalls(folder, options, peer)
     if options.json:
@@ -238,30 +239,35 @@ def startup_s(job: dict) -> float:
     return job["seconds"]["start"] + job["seconds"]["stop"]
 
 
-def compare_memory(folder: Path, options: argparse.Namespace, builds: list[dict]) -> list[dict]:
-    """Print the memory plan beside the peak of each kind of task over all pairs."""
-    vectors = open_table(f"{folder}/vectors").generation
+def compare_memory(folder: Path, options: argparse.Namespace, jobs: list[dict]) -> list[dict]:
+    """Print the memory plan beside the peak of each kind of process over all pairs."""
+    vectors, shards = open_table(f"{folder}/vectors").generation, stored_shards_of(folder / "index")
     plan = MemoryPlan.of(
         options.factory,
         VectorColumn.of(vectors.fingerprint),
         ntotal=options.rows,
-        shard_rows=max(s.rows for s in stored_shards_of(folder / "index")),
+        shard_rows=max(shard.rows for shard in shards),
         part_rows=max(vectors.files["rows"].to_pylist()),
         num_probes=NUM_PROBES,
     )
-    planned = {"ray::_fit": plan.training, "ray::build_shard": plan.shard}
+    planned = {
+        "ray::_fit": plan.training,
+        "ray::build_shard": plan.shard,
+        "ray::SearchActor": needed_bytes(shards),
+    }
     rows = []
-    print(f"{'task':20}{'plan MiB':>10}{'peak MiB':>10}{'share':>7}")
-    for title in ("ray::_draw_rows", "ray::_fit", "ray::build_shard"):
-        peak = max(pair["job"]["peak_bytes"].get(title, 0) for pair in builds)
-        rows.append({"task": title, "plan_bytes": planned.get(title), "peak_bytes": peak})
-        known = planned.get(title)
-        share = (
-            f"{known / 2**20:10.0f}{peak / 2**20:10.0f}{peak / known:7.2f}"
-            if known
-            else (f"{'':10}{peak / 2**20:10.0f}")
-        )
-        print(f"{title:20}{share}")
+    print(f"{'process':20}{'plan MiB':>10}{'peak MiB':>10}{'share':>7}")
+    for title, needed in planned.items():
+        peaks = [
+            peak
+            for job in jobs
+            for name, peak in job["peak_bytes"].items()
+            if name.startswith(title)
+        ]
+        if peaks:
+            rows.append({"process": title, "plan_bytes": needed, "peak_bytes": max(peaks)})
+            mib = f"{needed / 2**20:10.0f}{max(peaks) / 2**20:10.0f}"
+            print(f"{title:20}{mib}{max(peaks) / needed:7.2f}", flush=True)
     return rows
 
 
