@@ -21,8 +21,11 @@ from qbatch.index.recall import TUNED_DEPTH, recall_of_probes
 from qbatch.index.sweep import RisingSearch
 from qbatch.index.training import Template
 
-_ADD_ROWS = 65_536
-"""Vectors are added in batches: one by one, a GPU's lists would be moved again and again."""
+_ADD_ROWS = 16_384
+"""Vectors are added in batches: one by one, a GPU's lists would be moved again and again.
+
+Larger files are added as they come: joining them took 0.2 of 7 s of 125,000 vectors of 256.
+"""
 
 _ENOUGH = 0.25
 """Of what a target recall allows to be lost: a shard that loses less searches no harder."""

@@ -76,7 +76,7 @@ class MemoryPlan:
             shard=_PROCESS_BYTES
             + int(_LIST_SLACK * shard)
             + _ID_BYTES * shard_rows
-            + _PARTS_IN_MEMORY * max(part_rows, min(65_536, shard_rows)) * row_bytes
+            + _PARTS_IN_MEMORY * max(part_rows, min(16_384, shard_rows)) * row_bytes
             + probes,
             largest_shard=int(_LIST_SLACK * shard),
         )

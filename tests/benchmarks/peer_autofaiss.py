@@ -1,6 +1,7 @@
 """autofaiss on the same vectors, in a virtual environment of its own: it needs another FAISS.
 
-It cannot tune scalar quantisers ("we don't have heuristics"), so its lists hold whole vectors."""
+It cannot tune scalar quantisers ("we don't have heuristics"), so its lists hold whole vectors.
+"""
 
 import argparse
 import json
@@ -22,7 +23,8 @@ def read(file):
 started, cpu = time.perf_counter(), time.process_time()
 vectors = np.concatenate([read(f).reshape(-1, o["dim"]) for f in o["files"]])
 index, facts = build_index(vectors, save_on_disk=True, index_path=o["output"] + ".faiss",
-    index_infos_path=o["output"] + ".json", index_key=o["factory"].split(",")[0] + ",Flat", metric_type="l2",
+    index_infos_path=o["output"] + ".json", index_key=o["factory"],
+    metric_type="l2",
     nb_cores=o["threads"], max_index_memory_usage="4GB", current_memory_available="6GB",
     use_gpu=False, verbose=30)
 built, built_cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -50,7 +52,7 @@ def run_autofaiss(
         "files": vectors,
         "queries": queries,
         "dim": options.dim,
-        "factory": options.factory,
+        "factory": options.factory.partition(",")[0] + ",Flat",
         "threads": options.threads,
         "output": output,
         "checked": checked,
