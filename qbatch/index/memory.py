@@ -24,7 +24,10 @@ _PARTS_IN_MEMORY = 4
 """One read ahead, one being added, and their file bytes."""
 
 _TRAINING_COPIES = 2
-"""The sample as drawn, in the object store, and shuffled."""
+"""The sample as drawn, in the object store, and shuffled.
+
+Measured with 525,288 rows of 256 (513 MiB): 597 MiB beside the sample as drawn.
+"""
 
 _CODEC_ROWS = 100_000
 """FAISS trains codecs on so many, which it copies twice: as drawn and as residuals."""
