@@ -15,13 +15,17 @@ import pyarrow.compute as pc
 from qbatch.index.columns import VectorColumn
 from qbatch.index.device import to_cpu, to_gpu
 from qbatch.index.factory import effort_of, inner_index
-from qbatch.index.neighbours import ExactNeighbours, Neighbours, search_index
+from qbatch.index.neighbours import ExactNeighbours, Neighbours
 from qbatch.index.probes import EXACT_DEPTH, ProbeResults, Probes, mark_own_rows
 from qbatch.index.recall import TUNED_DEPTH, recall_of_probes
+from qbatch.index.sweep import RisingSearch
 from qbatch.index.training import Template
 
-_ADD_ROWS = 65_536
-"""Vectors are added in batches: one by one, a GPU's lists would be moved again and again."""
+_ADD_ROWS = 16_384
+"""Vectors are added in batches: one by one, a GPU's lists would be moved again and again.
+
+Larger files are added as they come: joining them took 0.2 of 7 s of 125,000 vectors of 256.
+"""
 
 _ENOUGH = 0.25
 """Of what a target recall allows to be lost: a shard that loses less searches no harder."""
@@ -121,24 +125,19 @@ class ShardBuilder:
         results = ProbeResults(exact=exact, found={}, seconds={})
         reached = [0.0]
         enough = 1 - _ENOUGH * (1 - self._target_recall)
+        rising = RisingSearch(
+            self._index, self._probes.vectors, EXACT_DEPTH, metric=self._column.metric
+        )
         for effort in effort_of(self._index).steps():
-            started = time.perf_counter()
-            found = search_index(
-                self._index,
-                self._probes.vectors,
-                EXACT_DEPTH,
-                effort=effort,
-                metric=self._column.metric,
-            )
-            results.seconds[effort] = time.perf_counter() - started
-            results.found[effort] = self._forget_own(found, own)
+            results.found[effort] = self._forget_own(rising.search(effort), own)
+            results.seconds[effort] = rising.seconds
             reached.append(recall_of_probes(results.found[effort], exact, TUNED_DEPTH).mean())
             if reached[-1] >= enough or _is_flat(reached):
                 break
         return results
 
     def _forget_own(self, found: Neighbours, own: np.ndarray) -> Neighbours:
-        return found.without(mark_own_rows(found, own, int(self._index.ntotal)))
+        return found.without(mark_own_rows(found, own))
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

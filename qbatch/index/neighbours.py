@@ -6,6 +6,7 @@ that every merge is deterministic. Free places hold row -1 and score -inf.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
@@ -33,12 +34,26 @@ class Neighbours:
 
     def ordered(self, depth: int) -> "Neighbours":
         """Return the best ``depth`` of each list in the one order."""
-        ties = np.where(self.rows < 0, np.iinfo(np.int64).max, self.rows)
-        order = np.lexsort((ties, -self.scores), axis=1)[:, :depth]
-        return Neighbours(
-            rows=np.take_along_axis(self.rows, order, 1),
-            scores=np.take_along_axis(self.scores, order, 1),
-        )
+        # FAISS's lists are in order but for a few ties: looking costs a tenth of sorting.
+        wrong = np.flatnonzero(self._is_unordered())
+        if not len(wrong):
+            return Neighbours(rows=self.rows[:, :depth], scores=self.scores[:, :depth])
+        rows, scores = self.rows[wrong], self.scores[wrong]
+        order = np.lexsort((_tie_keys(rows), -scores), axis=1)[:, :depth]
+        rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
+        if len(wrong) == len(self.rows):
+            return Neighbours(rows=rows, scores=scores)
+        all_rows, all_scores = self.rows[:, :depth].copy(), self.scores[:, :depth].copy()
+        all_rows[wrong], all_scores[wrong] = rows, scores
+        return Neighbours(rows=all_rows, scores=all_scores)
+
+    def _is_unordered(self) -> np.ndarray:
+        """Return which lists are not in the one order: bool, (queries,)."""
+        keys, scores = _tie_keys(self.rows), self.scores
+        rises = scores[:, 1:] > scores[:, :-1]
+        ties = (scores[:, 1:] == scores[:, :-1]) & (keys[:, 1:] < keys[:, :-1])
+        unordered: np.ndarray = (rises | ties).any(axis=1)
+        return unordered
 
     def shifted(self, first_row: int) -> "Neighbours":
         """Return the same lists with rows counted from elsewhere."""
@@ -51,6 +66,11 @@ class Neighbours:
             rows=np.where(mask, -1, self.rows),
             scores=np.where(mask, np.float32(-np.inf), self.scores),
         ).ordered(self.rows.shape[1])
+
+
+def _tie_keys(rows: np.ndarray) -> np.ndarray:
+    """Return what orders equal scores: rows, free places last."""
+    return rows.view(np.uint64)  # -1 becomes the largest
 
 
 def merge_neighbours(lists: Sequence[Neighbours], depth: int) -> Neighbours:
@@ -82,6 +102,20 @@ def search_index(
     parameters = search_parameters(index, effort, selector)
     distances, rows = index.search(queries, depth, params=parameters)
     return Neighbours.of(distances, rows, metric)
+
+
+def search_lists(
+    index: Any,  # noqa: ANN401 - the stubs know these only of IndexIVF
+    queries: np.ndarray,
+    depth: int,
+    lists: np.ndarray,
+    near: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Search given lists; FAISS's wrapper takes their number from the index, not from a call."""
+    before, index.nprobe = index.nprobe, lists.shape[1]
+    distances, rows = index.search_preassigned(queries, depth, lists, near)
+    index.nprobe = before
+    return distances, rows
 
 
 class ExactNeighbours:

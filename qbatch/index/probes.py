@@ -88,16 +88,13 @@ class ProbeResults:
         return cls(exact=exact, found=lists, seconds=times)
 
 
-def mark_own_rows(found: Neighbours, own: np.ndarray, num_rows: int) -> np.ndarray:
+def mark_own_rows(found: Neighbours, own: np.ndarray) -> np.ndarray:
     """Return which places hold a row of the query's own document: bool, like ``found.rows``.
 
     Args:
         found: Rows inside a shard.
         own: int64, (pairs, 2): query number and row of the shard.
-        num_rows: Of the shard.
     """
-    if not len(own):
-        return np.zeros(found.rows.shape, bool)
-    lines = np.arange(len(found.rows))[:, None] * num_rows
-    mask: np.ndarray = np.isin(lines + found.rows, own[:, 0] * num_rows + own[:, 1])
-    return mask & (found.rows >= 0)
+    mask = np.zeros(found.rows.shape, bool)
+    np.logical_or.at(mask, own[:, 0], found.rows[own[:, 0]] == own[:, 1:])
+    return mask

@@ -62,11 +62,9 @@ def recall_of_probes(found: Neighbours, exact: Neighbours, depth: int) -> np.nda
 
 def _count_shared(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Return for each line how many rows of ``found`` are in the same line of ``wanted``."""
-    num_lines = len(found)
-    width = int(max(found.max(initial=0), wanted.max(initial=0))) + 1
-    lines = np.arange(num_lines)[:, None] * width
-    is_shared = np.isin(lines + found, (lines + wanted)[wanted >= 0]) & (found >= 0)
-    shared: np.ndarray = is_shared.sum(axis=1)
+    shared = np.zeros(len(found), np.int64)
+    for column in found.T[:, :, None]:
+        shared += ((wanted == column) & (column >= 0)).any(axis=1)
     return shared
 
 

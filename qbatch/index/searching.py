@@ -7,7 +7,6 @@ fetching more and dropping them; queries left short are searched again, deeper.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import faiss
 import numpy as np
@@ -15,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qbatch.index.columns import Metric
-from qbatch.index.device import MAX_GPU_DEPTH, honours_selectors, is_on_gpu, to_gpu
+from qbatch.index.device import MAX_GPU_DEPTH, has_gpu, honours_selectors, is_on_gpu, to_gpu
 from qbatch.index.factory import inner_index, search_parameters
-from qbatch.index.neighbours import Neighbours
+from qbatch.index.neighbours import Neighbours, search_lists
 
 _DEEPER = 4
 """Queries left short are searched for this many times as many rows."""
@@ -58,6 +57,14 @@ def can_share_assignment(index: faiss.Index) -> bool:
     """
     plain = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
     return type(index) in plain and not is_on_gpu(index)
+
+
+def can_merge(index: faiss.Index) -> bool:
+    """Tell whether shards of this kind may become one index: plain lists, where no GPU searches.
+
+    A list that lies in one piece is looked up once a query, not once a shard.
+    """
+    return can_share_assignment(index) and not has_gpu()
 
 
 class ShardSearcher:
@@ -177,7 +184,7 @@ class ShardSearcher:
         chosen = queries if len(waiting) == len(queries) else queries[waiting]
         if assignment is not None and selector is None and can_share_assignment(index):
             lists, near = assignment.lists[waiting], assignment.distances[waiting]
-            distances, rows = _search_lists(index, chosen, fetch, lists, near)
+            distances, rows = search_lists(index, chosen, fetch, lists, near)
         else:
             parameters = search_parameters(index, effort, selector)
             distances, rows = index.search(chosen, fetch, params=parameters)
@@ -195,19 +202,6 @@ class ShardSearcher:
             drop |= _is_repeated(np.where(drop, -2, documents))
         kept = found.without(drop) if drop.any() else found
         return Neighbours(rows=kept.rows[:, :depth], scores=kept.scores[:, :depth])
-
-
-def _search_lists(
-    index: Any,  # noqa: ANN401 - the stubs know these only of IndexIVF
-    queries: np.ndarray,
-    depth: int,
-    lists: np.ndarray,
-    near: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Search given lists; FAISS's wrapper takes their number from the index, not from a call."""
-    index.nprobe = lists.shape[1]
-    distances, rows = index.search_preassigned(queries, depth, lists, near)
-    return distances, rows
 
 
 def _is_repeated(codes: np.ndarray) -> np.ndarray:
@@ -254,6 +248,8 @@ def merge_hits(tables: Sequence[pa.Table], top_k: int) -> pa.Table:
     Equal scores are ordered by row over all shards. A document that several shards hold, which
     happens when ids repeat in a corpus, counts once.
     """
+    if len(tables) == 1:
+        return _ranked_hits(tables[0], top_k)
     hits = pa.concat_tables(tables).combine_chunks()
     query, row, score = (hits[name].to_numpy() for name in ("query", "row", "score"))
     order = np.lexsort((row, -score, query))
@@ -261,12 +257,23 @@ def merge_hits(tables: Sequence[pa.Table], top_k: int) -> pa.Table:
     codes = pc.dictionary_encode(hits["doc_id"]).combine_chunks().indices.to_numpy()[order]
     is_first = _is_first_pair(query, codes)
     order, query = order[is_first], query[is_first]
-    starts = np.flatnonzero(np.diff(query, prepend=-1))
-    counts = np.diff(starts, append=len(query))
-    ranks = np.arange(len(query)) - np.repeat(starts, counts) + 1
-    is_top = ranks <= top_k
-    merged = hits.take(pa.array(order[is_top]))
-    return merged.append_column("rank", pa.array(ranks[is_top], pa.int32()))
+    is_top = _ranks(query) <= top_k
+    return _ranked_hits(hits.take(pa.array(order[is_top])), top_k)
+
+
+def _ranked_hits(hits: pa.Table, top_k: int) -> pa.Table:
+    """Add ranks to hits that are in order, without repeated documents, and cut the lists."""
+    ranks = _ranks(hits["query"].to_numpy())
+    ranked = hits.append_column("rank", pa.array(ranks, pa.int32()))
+    return ranked.filter(pa.array(ranks <= top_k)) if (ranks > top_k).any() else ranked
+
+
+def _ranks(queries: np.ndarray) -> np.ndarray:
+    """Return the place of each row, from 1, among those of its query, which are neighbours."""
+    starts = np.flatnonzero(np.diff(queries, prepend=-1))
+    counts = np.diff(starts, append=len(queries))
+    ranks: np.ndarray = np.arange(len(queries)) - np.repeat(starts, counts) + 1
+    return ranks
 
 
 def _is_first_pair(queries: np.ndarray, codes: np.ndarray) -> np.ndarray:

@@ -20,6 +20,8 @@ _CODEC_ROWS = 65_536
 _ITERATIONS = 10
 """FAISS's default for inverted lists; more change recall by less than a sample does."""
 
+_HASHED_ROWS = 16_384
+
 
 def num_training_rows(factory: str, dim: int, metric: Metric) -> int:
     """Return how large a sample a factory is trained on; 0 for one that learns nothing."""
@@ -81,9 +83,30 @@ def train_template(
 
 def _distinct_rows(sample: np.ndarray) -> np.ndarray:
     """Drop repeated vectors, which would draw centroids to boilerplate; keep the order."""
-    rows = np.ascontiguousarray(sample).view(np.dtype((np.void, sample.itemsize * sample.shape[1])))
+    _, key_of, counts = np.unique(_row_keys(sample), return_inverse=True, return_counts=True)
+    alike = np.flatnonzero(counts[key_of] > 1)
+    if not len(alike):
+        return sample
+    rows = sample[alike].view(np.dtype((np.void, sample.itemsize * sample.shape[1])))
     _, first = np.unique(rows.ravel(), return_index=True)
-    return sample if len(first) == len(sample) else sample[np.sort(first)]
+    keep = np.ones(len(sample), bool)
+    keep[alike] = False
+    keep[alike[first]] = True
+    return sample[keep]
+
+
+def _row_keys(sample: np.ndarray) -> np.ndarray:
+    """Return a number for each float32 vector, equal for equal ones: multilinear hashing.
+
+    Sorting these takes a sixth of the time of sorting the vectors, and no copy of them.
+    """
+    words = np.ascontiguousarray(sample).view(np.uint32)
+    factors = np.random.default_rng(0).integers(1, 2**63, words.shape[1], dtype=np.uint64)
+    keys = np.empty(len(words), np.uint64)
+    for start in range(0, len(words), _HASHED_ROWS):
+        part = slice(start, start + _HASHED_ROWS)
+        keys[part] = words[part].astype(np.uint64) @ factors
+    return keys
 
 
 @dataclass(frozen=True, slots=True)

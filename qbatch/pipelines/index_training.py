@@ -159,16 +159,13 @@ def _fit(
     """Choose the factory if asked to, train it, and store template and probes."""
     started = time.perf_counter()
     use_threads(num_threads)
-    sample = pa.concat_tables(samples)
-    order = np.random.default_rng(request.seed).permutation(len(sample))
-    probe_rows, rows = np.split(order, [request.num_probes])
-    vectors = vector_matrix(sample["vector"])
-    choice = _choose(request, ntotal, vectors[rows])
+    vectors, doc_ids = _shuffled(samples, request)
+    probe_vectors, sample = np.split(vectors, [request.num_probes])
+    choice = _choose(request, ntotal, sample)
     template = train_template(
-        choice.factory, request.column.metric, vectors[rows], seed=request.seed, use_gpu=True
+        choice.factory, request.column.metric, sample, seed=request.seed, use_gpu=True
     )
-    doc_ids = sample["doc_id"].take(probe_rows).combine_chunks().cast(pa.large_string())
-    probes = Probes(vectors=vectors[probe_rows], doc_ids=doc_ids)
+    probes = Probes(vectors=probe_vectors, doc_ids=doc_ids)
     stem = fingerprint_id(asdict(request) | {"ntotal": ntotal})
     return Training(
         factory=choice.factory,
@@ -178,6 +175,21 @@ def _fit(
         template=write_index(output, f"templates/{stem}", template),
         seconds=round(time.perf_counter() - started, 3),
     )
+
+
+def _shuffled(samples: Sequence[pa.Table], request: TrainingRequest) -> tuple[np.ndarray, pa.Array]:
+    """Return all vectors in random order, copied once, and the ids of the first, the probes."""
+    table = pa.concat_tables(samples)
+    order = np.random.default_rng(request.seed).permutation(len(table))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    vectors = np.empty((len(order), request.column.dim), np.float32)
+    start = 0
+    for chunk in table["vector"].chunks:
+        vectors[place[start : start + len(chunk)]] = vector_matrix(chunk)
+        start += len(chunk)
+    doc_ids = table["doc_id"].take(order[: request.num_probes]).combine_chunks()
+    return vectors, doc_ids.cast(pa.large_string())
 
 
 def _write_probes(output: Storage, stem: str, probes: Probes) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from qbatch.index.rescoring import StoredVectors
 from qbatch.index.searching import (
     CoarseAssignment,
     ShardSearcher,
+    can_merge,
     can_share_assignment,
     hits_table,
     merge_hits,
@@ -63,7 +64,8 @@ class SearchActor:
             shards: Numbers of the shards; all that exist finish the block.
 
         Returns:
-            ``seconds`` by stage, and ``output``, a row of OUTPUTS, once the block is finished.
+            ``seconds`` by stage, ``span``, when shards were ready and when the block was done, by
+            the clock, and ``output``, a row of OUTPUTS, once the block is finished.
         """
         seconds: dict[str, float] = {}
         with _timed(seconds, "read"):
@@ -72,11 +74,12 @@ class SearchActor:
             use_threads(self._task.num_threads)
             with _timed(seconds, "load"):
                 self._hold(group)
+            ready_at = time.time()
             with _timed(seconds, "search"):
                 tables = self._search(queries, shards)
         with _timed(seconds, "write"):
             output = self._store(block, queries, tables)
-        return {"seconds": seconds, "output": output}
+        return {"seconds": seconds, "span": (ready_at, time.time()), "output": output}
 
     def _read(self, block: QueryBlock) -> Queries:
         with self._file_lock:
@@ -91,11 +94,14 @@ class SearchActor:
         if self._held == group:
             return
         self._searchers = {}  # frees the old group before the new one is loaded
-        self._searchers = {s.number: load_shard(self._task, s) for s in self._groups[group]}
+        self._searchers = load_group(
+            self._task, self._groups[group], may_merge=len(self._groups) == 1
+        )
         self._held = group
 
     def _search(self, queries: Queries, shards: Sequence[int]) -> dict[int, pa.Table]:
-        chosen = {s.number: s for s in self._groups[self._held] if s.number in shards}
+        held = [s for s in self._groups[self._held] if s.number in self._searchers]
+        chosen = {s.number: s for s in held if s.number in shards}
         options, vectors = self._task.options, queries.vectors
         assignment = None
         first = self._searchers[next(iter(chosen))].index
@@ -116,7 +122,7 @@ class SearchActor:
     def _store(
         self, block: QueryBlock, queries: Queries, tables: Mapping[int, pa.Table]
     ) -> dict[str, Any] | None:
-        if len(tables) == len(self._task.shard_keys):
+        if len(self._groups) == 1:
             return write_block(self._task, block, queries, list(tables.values()))
         by_number = {s.number: s for group in self._groups for s in group}
         for number, table in tables.items():
@@ -131,8 +137,49 @@ def partial_key(task: SearchTask, block: QueryBlock, shard: StoredShard) -> str:
     return block.key(fingerprint_id(own))
 
 
+def load_group(
+    task: SearchTask, shards: Sequence[StoredShard], *, may_merge: bool
+) -> dict[int, ShardSearcher]:
+    """Return the searchers of some shards by number, checked against the index's manifest.
+
+    Where that is faster and allowed, all become one, known by the number of the first.
+    """
+    if not may_merge or task.options.rescore:
+        return {shard.number: load_shard(task, shard) for shard in shards}
+    index, first_ids, first_allowed = _read_shard(task, shards[0])
+    if not can_merge(index):
+        return {shard.number: load_shard(task, shard) for shard in shards}
+    ids = [first_ids]
+    allowed = [] if first_allowed is None else [first_allowed]
+    for shard in shards[1:]:
+        part, part_ids, part_allowed = _read_shard(task, shard)
+        index.merge_from(part, index.ntotal)
+        ids.append(part_ids)
+        if part_allowed is not None:
+            allowed.append(part_allowed)
+    whole = ShardSearcher(
+        index,
+        pa.concat_tables(ids, promote_options="permissive").combine_chunks(),
+        task.column.metric,
+        allowed=np.concatenate(allowed) if allowed else None,
+    )
+    return {shards[0].number: whole}
+
+
 def load_shard(task: SearchTask, shard: StoredShard) -> ShardSearcher:
     """Return a shard ready to be searched, checked against the index's manifest."""
+    index, ids, allowed = _read_shard(task, shard)
+    return ShardSearcher(
+        index,
+        ids,
+        task.column.metric,
+        allowed=allowed,
+        rescorer=_stored_vectors(task, shard) if task.options.rescore else None,
+    )
+
+
+def _read_shard(task: SearchTask, shard: StoredShard) -> tuple[Any, pa.Table, np.ndarray | None]:
+    """Return the index, the ids and which rows may be found; None is all."""
     storage, column = Storage(task.index), task.column
     filtered = filter_columns(task.filter) if task.filter else []
     columns = list(dict.fromkeys(["doc_id", "passage_id", *filtered]))
@@ -144,13 +191,8 @@ def load_shard(task: SearchTask, shard: StoredShard) -> ShardSearcher:
     if len(task.tombstones):
         deleted = pc.is_in(ids["doc_id"], task.tombstones).to_numpy(zero_copy_only=False)
         allowed = ~deleted if allowed is None else allowed & ~deleted
-    return ShardSearcher(
-        read_index(storage, shard.index, dim=column.dim, metric=column.metric),
-        ids,
-        column.metric,
-        allowed=allowed,
-        rescorer=_stored_vectors(task, shard) if task.options.rescore else None,
-    )
+    index = read_index(storage, shard.index, dim=column.dim, metric=column.metric)
+    return index, ids, allowed
 
 
 def _stored_vectors(task: SearchTask, shard: StoredShard) -> StoredVectors:

@@ -301,14 +301,18 @@ class _Search:
         log.info("%d blocks of queries planned, %d of them finished already", len(keys), len(known))
         made: list[dict[str, Any]] = []
         seconds: defaultdict[str, float] = defaultdict(float)
+        spans: list[tuple[float, float]] = []
         if pending:
             for result in self._search(pending):
+                spans.append(result["span"])
                 for stage, value in result["seconds"].items():
                     seconds[stage] += value
                 if result["output"] is not None:
                     made.append(result["output"])
         outputs = pa.concat_tables([done, pa.Table.from_pylist(made, schema=OUTPUTS)])
         _check_complete(outputs, list(keys))
+        if spans:  # from the first shards that were ready to the last block that was done
+            seconds["searching"] = max(end for _, end in spans) - min(start for start, _ in spans)
         return outputs, {stage: round(value, 3) for stage, value in seconds.items()}
 
     def _pool(self, num_blocks: int) -> SearchPool:
@@ -346,7 +350,7 @@ class _Search:
                 for block in blocks
             ]
             for output in results_as_completed(refs, stall_timeout_s=stall_timeout_s):
-                yield {"seconds": {}, "output": output}
+                yield {"seconds": {}, "span": (time.time(), time.time()), "output": output}
 
     def draft(self, outputs: pa.Table, counts: Mapping[str, Any]) -> Generation:
         """Return the generation to publish."""

@@ -26,8 +26,8 @@ _CALLS_IN_FLIGHT = 2
 
 _PROCESS_BYTES = 600 * 2**20
 
-_LOAD_FACTOR = 1.3
-"""Memory of a loaded group against the bytes of its files."""
+_LOAD_FACTOR = 2.0
+"""Memory of a loaded group against the bytes of its files: merged lists grow by doubling."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ def plan_search(shards: Sequence[StoredShard], node: Node, num_blocks: int) -> S
         ConfigError: A single shard does not fit the largest node.
     """
     per_node = node.gpus or max(1, node.cpus // _CPUS_PER_ACTOR)
-    largest = max(_needed([shard]) for shard in shards)
+    largest = max(needed_bytes([shard]) for shard in shards)
     per_node = max(1, min(per_node, node.memory // max(largest, 1)))
     limit = node.memory // per_node
     if largest > limit:
@@ -60,7 +60,7 @@ def plan_search(shards: Sequence[StoredShard], node: Node, num_blocks: int) -> S
         )
     groups: list[list[StoredShard]] = [[]]
     for shard in shards:
-        if groups[-1] and _needed([*groups[-1], shard]) > limit:
+        if groups[-1] and needed_bytes([*groups[-1], shard]) > limit:
             groups.append([])
         groups[-1].append(shard)
     return SearchPool(
@@ -68,11 +68,12 @@ def plan_search(shards: Sequence[StoredShard], node: Node, num_blocks: int) -> S
         num_actors=min(per_node * _num_nodes(), len(groups) * num_blocks),
         num_cpus=max(1, node.cpus // per_node),
         num_gpus=min(1, node.gpus),
-        memory=max(_needed(group) for group in groups),
+        memory=max(needed_bytes(group) for group in groups),
     )
 
 
-def _needed(shards: Sequence[StoredShard]) -> int:
+def needed_bytes(shards: Sequence[StoredShard]) -> int:
+    """Return the memory of an actor that holds some shards."""
     return _PROCESS_BYTES + int(_LOAD_FACTOR * sum(shard.num_bytes for shard in shards))
 
 
