@@ -50,9 +50,9 @@ class Job:
         for pid in left:
             _kill(pid)
 
-    def kill_actor(self) -> bool:
-        """SIGKILL one embedding actor; False when none runs."""
-        return any(_kill(pid) for pid in self.pids("ray::MapWorker(MapBatches(EmbedActor))"))
+    def kill_actor(self, name: str = "EmbedActor") -> bool:
+        """SIGKILL one actor of a pool; False when none runs."""
+        return any(_kill(pid) for pid in self.pids(f"ray::MapWorker(MapBatches({name}))"))
 
     def pids(self, title: str) -> list[int]:
         """Return the processes of this job whose command line begins with ``title``."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -154,8 +155,8 @@ def _list_column(rows: pa.Table, name: str) -> pa.Array | None:
 def _parse_lists(texts: Sequence[str | None], rows: pa.Table, name: str) -> pa.Array:
     values = []
     for i, text in enumerate(texts):
-        value = None if text is None else json.loads(text)
-        if value is not None and not isinstance(value, list):
+        value = None if text is None else _parse(text)
+        if text is not None and not isinstance(value, list):
             raise BadInputError(
                 f"{name!r} is no list in row {rows['row'][i]} of {rows['object_uri'][i]}: "
                 f"{str(text)[:200]!r}. Mend that row"
@@ -171,6 +172,13 @@ def _parse_lists(texts: Sequence[str | None], rows: pa.Table, name: str) -> pa.A
         values = [None if v is None else [_scalar(item) for item in v] for v in values]
         item_type = pa.large_string()
     return pa.array(values, pa.large_list(item_type))
+
+
+def _parse(text: str) -> Any:  # noqa: ANN401 - any JSON value
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None  # a string of its own, not a list
 
 
 def _as_text(item: object, fields: Sequence[str]) -> dict[str, str | None]:
