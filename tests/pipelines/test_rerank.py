@@ -54,7 +54,10 @@ def asked(
 ) -> dict[str, float]:
     """The oracle: the ranking keys of one query's candidates, asked alone."""
     ids = made.of(query_id)
-    group = CandidateGroup(query=made.queries[query_id], documents=[made.documents[d] for d in ids])
+    documents = [made.documents[d] for d in ids]
+    group = CandidateGroup(
+        query=made.queries[query_id], documents=documents, instruction=instruction
+    )
     (keys,) = reranker_of(model).score([group])
     return dict(zip(ids, keys.tolist(), strict=True))
 
