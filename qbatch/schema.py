@@ -123,6 +123,21 @@ RUN = pa.schema(
 )
 """Documents found for queries: ranks count from 1 without gaps, higher scores are better."""
 
+RERANKED = pa.schema(
+    [
+        *RUN,
+        pa.field("log_odds", pa.float32(), nullable=False),
+        pa.field("retrieval_rank", pa.int32()),  # null: the candidates had no order
+        pa.field("retrieval_score", pa.float32()),  # null: the candidates had no scores
+    ]
+)
+"""A run in the order of a reranker.
+
+``log_odds`` is what the model said and ranks by, whatever the scorer: log-odds of relevance, or the
+mean log-likelihood of a query's tokens. ``score`` is made from it: a number from 0 to 1, or a
+fusion with the retrieval; then the fusion ranks.
+"""
+
 QRELS = pa.schema(
     [
         pa.field("query_id", pa.large_string(), nullable=False),

@@ -67,6 +67,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_reranker(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Directory of a random one-layer cross-encoder that loads in a second."""
+    from tests.tiny_models import write_tiny_cross_encoder  # noqa: PLC0415 - imports torch
+
+    return str(write_tiny_cross_encoder(tmp_path_factory.mktemp("tiny-reranker")))
+
+
+@pytest.fixture(scope="session")
+def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Directory of a random one-layer Qwen3 reranker that loads in a second."""
+    from tests.tiny_models import write_tiny_judge  # noqa: PLC0415 - imports torch
+
+    return str(write_tiny_judge(tmp_path_factory.mktemp("tiny-judge")))
+
+
+@pytest.fixture(scope="session")
 def ray_cluster(s3_endpoint: str) -> Iterator[None]:
     """A local Ray for this session's in-process jobs; its workers can reach the S3 server."""
     import ray  # noqa: PLC0415 - slow, and most tests need none

@@ -50,9 +50,9 @@ class Job:
         for pid in left:
             _kill(pid)
 
-    def kill_actor(self) -> bool:
-        """SIGKILL one embedding actor; False when none runs."""
-        return self.kill_worker("ray::MapWorker(MapBatches(EmbedActor))")
+    def kill_actor(self, name: str = "EmbedActor") -> bool:
+        """SIGKILL one actor of a pool; False when none runs."""
+        return self.kill_worker(f"ray::MapWorker(MapBatches({name}))")
 
     def kill_worker(self, title: str) -> bool:
         """SIGKILL one process whose title begins like this; False when none runs."""

@@ -39,7 +39,10 @@ LIGHT = (
     *("qbatch.schema.", "qbatch.storage.", "qbatch.manifest.", "qbatch.tables.", "qbatch.corpus."),
     *("qbatch.pipelines.embed_read.", "qbatch.pipelines.embed_write."),
     *("qbatch.evaluation.", "qbatch.pipelines.evaluate."),
-    "qbatch.models.rerank_tokens.",
+    *("qbatch.models.rerank_tokens.", "qbatch.pipelines.rerank_pairs."),
+    *("qbatch.pipelines.rerank_sources.", "qbatch.pipelines.rerank_lists."),
+    *("qbatch.pipelines.rerank_shuffle.", "qbatch.pipelines.rerank_join."),
+    *("qbatch.pipelines.rerank_read.", "qbatch.pipelines.rerank_write."),
 )
 """What listings, readers and CPU stages import; a thousand of their processes share machines."""
 

@@ -1,43 +1,28 @@
 """Random models small enough to load in a second; real architecture code, real tokenizers."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
 def write_tiny_encoder(directory: Path, *, seed: int = 0, hidden_size: int = 32) -> Path:
     """Write a one-layer BERT with mean pooling that knows single characters."""
-    characters = [chr(c) for c in range(33, 127)]
-    vocab = {t: i for i, t in enumerate([*_SPECIAL, *characters, *("##" + c for c in characters)])}
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=128,
-    ).save_pretrained(directory)
+    vocab = _write_tokenizer(directory, max_tokens=128)
     torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(vocab),
-        hidden_size=hidden_size,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    )
-    BertModel(config).eval().save_pretrained(directory)
+    BertModel(_bert_config(vocab, hidden_size)).eval().save_pretrained(directory)
     write_modules(
         directory, {"word_embedding_dimension": hidden_size, "pooling_mode_mean_tokens": True}
     )
@@ -45,6 +30,76 @@ def write_tiny_encoder(directory: Path, *, seed: int = 0, hidden_size: int = 32)
         directory / "sentence_bert_config.json", {"max_seq_length": 128, "do_lower_case": False}
     )
     return directory
+
+
+def write_tiny_cross_encoder(directory: Path, *, seed: int = 0) -> Path:
+    """Write a one-layer BERT classifier of pairs that knows single characters."""
+    vocab = _write_tokenizer(directory, max_tokens=128)
+    torch.manual_seed(seed)
+    config = _bert_config(vocab, 32, num_labels=1, initializer_range=0.2)
+    BertForSequenceClassification(config).eval().save_pretrained(directory)
+    return directory
+
+
+def write_tiny_judge(directory: Path, *, seed: int = 0) -> Path:
+    """Write a one-layer Qwen3 with the answers yes and no as tokens, else single characters."""
+    marks = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    vocab = _write_tokenizer(directory, max_tokens=1024, words=["yes", "no"], marks=marks)
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    Qwen3ForCausalLM(config).eval().save_pretrained(directory)
+    return directory
+
+
+def _bert_config(vocab_size: int, hidden_size: int, **settings: object) -> BertConfig:
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        **settings,
+    )
+
+
+def _write_tokenizer(
+    directory: Path, *, max_tokens: int, words: Sequence[str] = (), marks: Sequence[str] = ()
+) -> int:
+    """Write a tokenizer of single characters and some words; return the size of its vocabulary."""
+    characters = [chr(c) for c in range(33, 127)]
+    tokens = [*_SPECIAL, *characters, *("##" + c for c in characters), *words, *marks]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(list(marks))
+    if not marks:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=max_tokens,
+    ).save_pretrained(directory)
+    return len(vocab)
 
 
 def write_modules(path: Path, pooling: dict, names: tuple[str, ...] = ()) -> None:

@@ -107,7 +107,7 @@ def _batch(raw: RawRows, texts: pa.Array, uri: str, config: CorpusConfig) -> pa.
 def _finish(batch: pa.RecordBatch, config: CorpusConfig, counts: Counter[str]) -> pa.Table:
     """Fill the ids and cut the texts of rows that have been found good; count what changed."""
     doc_ids, num_generated = _filled_ids(batch)
-    texts, num_cut = _cut_texts(batch["text"], config.max_document_bytes)
+    texts, num_cut = cut_texts(batch["text"], config.max_document_bytes)
     counts["generated_ids"] += num_generated
     counts["truncated_documents"] += num_cut
     counts["documents_with_controls"] += _num_with_controls(texts)
@@ -133,7 +133,7 @@ def _filled_ids(batch: pa.RecordBatch) -> tuple[pa.Array, int]:
     return doc_ids, num_missing
 
 
-def _cut_texts(texts: pa.Array, max_bytes: int) -> tuple[pa.Array, int]:
+def cut_texts(texts: pa.Array, max_bytes: int) -> tuple[pa.Array, int]:
     """Return the texts of at most ``max_bytes`` of UTF-8, cut at a character, and how many were."""
     is_long = pc.greater(pc.binary_length(texts), max_bytes)
     long_texts = texts.filter(is_long)

@@ -21,6 +21,13 @@ ZERO_VECTOR = "zero_vector"
 NON_FINITE_VECTOR = "non_finite_vector"
 """The model gave NaN or infinity for a passage; its whole document is rejected."""
 
+MISSING_DOCUMENT = "missing_document"
+"""A candidate whose document is not in the corpus, or that names none."""
+MISSING_QUERY = "missing_query"
+"""A candidate whose query is not among the queries, or that names none."""
+NON_FINITE_SCORE = "non_finite_score"
+"""The model gave NaN or infinity for a pair."""
+
 FILE_REASONS = frozenset(
     {CORRUPT_FILE, EMPTY_FILE, MISSING_TEXT_COLUMN, TEXT_COLUMN_TYPE, TRUNCATED_STREAM}
 )

@@ -2,6 +2,9 @@
 
 from qbatch.models.prompts import DEFAULT_INSTRUCTION
 
+TEMPLATE_VERSION = 1
+"""Part of every reranked run's fingerprint: raise it when any prompt of a scorer changes."""
+
 YES, NO = "yes", "no"
 """The two answers; each must be one token."""
 

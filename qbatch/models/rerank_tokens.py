@@ -7,7 +7,7 @@ a colon and a space that a character of the text follows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -75,6 +75,12 @@ class CandidateTokens:
     """Why the query was rejected, else None; its documents have no tokens then."""
     detail: str | None = None
     """The reason in words and numbers."""
+
+    def take(self, rows: np.ndarray) -> "CandidateTokens":
+        """Return the query with these of its documents, in the order of ``rows``."""
+        documents = np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+        ids = [np.empty(0, np.int32), *(documents[row] for row in rows)]
+        return replace(self, ids=np.concatenate(ids), lengths=self.lengths[rows])
 
 
 class PairTokenizer:

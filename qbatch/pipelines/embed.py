@@ -35,6 +35,7 @@ from qbatch.pipelines.cluster import (
     plan_pool,
     ray_session,
 )
+from qbatch.pipelines.compute_dtype import compute_dtype
 from qbatch.pipelines.embed_calibration import with_calibration
 from qbatch.pipelines.embed_estimate import Prices, estimate
 from qbatch.pipelines.embed_forward import EmbedActor
@@ -163,7 +164,7 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
     current = latest_generation(storage)
     with ray_session(stall_timeout_s=config.stall_timeout_s):
         pool = plan_pool(config.min_actors, config.max_actors, config.gpus_per_actor)
-        task = make_task(config, spec, _compute_dtype(config, pool))
+        task = make_task(config, spec, compute_dtype(config.dtype, pool))
         task = replace(task, corpus=resolve_config(task.corpus))
         fingerprint = embedding_fingerprint(task, spec)
         if config.vector_dtype == "int8":
@@ -282,18 +283,6 @@ def planned_fingerprint(config: EmbedCorpusConfig) -> dict[str, Any]:
         raise ValueError("the dtype is decided on the hardware that computes; name one")
     spec = load_spec(resolve_model(config.model, config.revision))
     return embedding_fingerprint(make_task(config, spec, config.dtype), spec)
-
-
-def _compute_dtype(config: EmbedCorpusConfig, pool: PoolPlan) -> ComputeDtype:
-    """Resolve "auto" on the hardware that will compute, which may not be the driver's."""
-    if config.dtype != "auto":
-        return config.dtype
-    resolve = ray.remote(num_gpus=pool.gpus_per_actor, num_cpus=0)(_native_dtype)
-    return ray.get(resolve.remote())
-
-
-def _native_dtype() -> ComputeDtype:
-    return resolve_dtype("auto", resolve_device())
 
 
 def _make_units(

@@ -63,6 +63,6 @@ def embed_passages(embedder: Embedder, passages: pa.Table) -> np.ndarray:
 def _pack_stats(before: EmbedStats, embedder: Embedder) -> dict[str, int]:
     after = embedder.stats
     return {
-        "tokens_packed": after.num_tokens - before.num_tokens,
+        "tokens_packed": after.num_computed - before.num_computed,
         "pack_room": (after.num_packs - before.num_packs) * embedder.token_budget,
     }

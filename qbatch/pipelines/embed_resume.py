@@ -1,15 +1,14 @@
-"""The plan of an embed job: its units, which of them are pending, and the record of all."""
+"""The plan of an embed or rerank job: its units, which are pending, and the record of all."""
 
 import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from qbatch.corpus.spans import Unit
 from qbatch.errors import IntegrityError
 from qbatch.pipelines.unit_files import store_plan
 from qbatch.schema import UNITS
@@ -21,10 +20,20 @@ _PLAN = pa.schema([UNITS.field("unit_key"), UNITS.field("spans")])
 _BATCH_UNITS = 1000
 
 
+class PlannedUnit(Protocol):
+    """What a plan needs of a unit of work."""
+
+    def key(self, fingerprint: str) -> str:
+        """Return the name of its output under a fingerprint: 32 hex digits."""
+
+    def to_json(self) -> str:
+        """Return what a stage needs to find its input."""
+
+
 class Plan:
     """The units of a job in a local temporary file; memory holds their keys only."""
 
-    def __init__(self, units: Iterable[Unit], fingerprint: str) -> None:
+    def __init__(self, units: Iterable[PlannedUnit], fingerprint: str) -> None:
         """Consume a stream of units.
 
         Args:

@@ -1,0 +1,416 @@
+"""The rerank job: candidates become a published run in the order of a reranker.
+
+join candidates with their texts, in units of whole queries -> tokenize on CPU tasks -> score on a
+pool of actors -> rank and write one file a unit -> check that every pair is accounted for ->
+publish. Killed anywhere, it goes on where it stopped.
+"""
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy
+
+from qbatch.cli import StrList
+from qbatch.corpus.config import CorpusConfig, Format
+from qbatch.corpus.listing import resolve_config
+from qbatch.corpus.reasons import DROPPED_REASONS, num_row_rejects
+from qbatch.errors import BadInputError, ConfigError, IntegrityError
+from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish_change
+from qbatch.models.embedder import resolve_device, resolve_dtype
+from qbatch.models.rerank_prompts import TEMPLATE_VERSION
+from qbatch.models.rerank_templates import ScorerName
+from qbatch.pipelines.cluster import (
+    MAX_RETRIES,
+    PoolPlan,
+    cluster_resources,
+    plan_pool,
+    ray_session,
+)
+from qbatch.pipelines.compute_dtype import compute_dtype
+from qbatch.pipelines.embed_estimate import Prices
+from qbatch.pipelines.embed_resume import Plan, write_units
+from qbatch.pipelines.finished_units import finished_units
+from qbatch.pipelines.rerank_cascade import (
+    LastModel,
+    make_stages,
+    parse_cascade,
+    stage_fingerprint,
+)
+from qbatch.pipelines.rerank_estimate import estimate_reranking
+from qbatch.pipelines.rerank_forward import RerankActor
+from qbatch.pipelines.rerank_lists import NestedColumns
+from qbatch.pipelines.rerank_plan import JoinPlan, join_candidates
+from qbatch.pipelines.rerank_read import read_and_tokenize_pairs
+from qbatch.pipelines.rerank_sources import candidate_source, run_source
+from qbatch.pipelines.rerank_task import Fusion, RerankTask
+from qbatch.pipelines.rerank_write import write_ranked
+from qbatch.pipelines.unit_files import OUTPUTS, listed_files, listed_rejects
+from qbatch.report.rerank_progress import RerankProgress
+from qbatch.schema import SCHEMA_VERSION, ComputeDtype
+from qbatch.storage import Storage, probe
+
+log = logging.getLogger(__name__)
+
+_MAX_BLOCK_UNITS = 20
+"""Units of pairs are larger than those of a corpus: a block of many would keep actors waiting."""
+
+_BLOCKS_PER_CPU = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RerankCandidatesConfig:
+    """Rerank candidates into a published run."""
+
+    output: str
+    """Directory of the reranked run."""
+    model: str
+    """Directory or hub id of the reranker, such as Qwen/Qwen3-Reranker-0.6B."""
+    run: str | None = None
+    """Published run, or a file or directory of files (TREC, Parquet, JSON lines); needs --queries
+    and --corpus."""
+    candidates: str | None = None
+    """Parquet or JSON lines with texts, a pair a row or lists of documents; instead of --run."""
+    queries: str | None = None
+    """Texts of the run's queries, in any corpus format."""
+    corpus: str | None = None
+    """Texts of the run's documents, in any corpus format."""
+    revision: str | None = None
+    """Commit of a hub id; None is the pinned one of a known model."""
+    instruction: str | None = None
+    """Task sentence for yes-no models; None is the model card's."""
+    scorer: Literal["auto"] | ScorerName = "auto"
+    """How the model scores; auto goes by the checkpoint."""
+    max_tokens: int | None = None
+    """Longest pair, prompt included, beyond which documents are cut; None is the model's own limit,
+    at most 8,192."""
+    token_budget: int | None = None
+    """Tokens in one forward pass; None suits the device."""
+    dtype: Literal["auto"] | ComputeDtype = "auto"
+    """Compute dtype; auto is bfloat16 where the processor has it, else float32."""
+    top_k: int | None = None
+    """Documents of a query that are written; None is all."""
+    cascade: StrList = ()
+    """Cuts before --model: N keeps the best N of a query by retrieval rank, MODEL:N the best N by a
+    smaller reranker; "200,small-model:50" does one after the other. What is cut is dropped."""
+    fusion: Fusion = "none"
+    """What ranks: none is the reranker alone; rrf adds 1/(60 + rank) of reranker and retrieval;
+    weighted adds the reranker's score and the retrieval's, which is scaled to 0..1 per query."""
+    fusion_weight: float = 0.5
+    """Of the reranker in --fusion=weighted; the retrieval has the rest."""
+    query_id_column: str = "query_id"
+    """Column of the query's id, in --queries and --candidates."""
+    query_column: str = "query"
+    """Column of the query's text in --candidates."""
+    query_text_column: str = "text"
+    """Column of the query's text in --queries."""
+    doc_id_column: str = "doc_id"
+    """Column, or field of a list's structs, of the document's id."""
+    text_column: str = "text"
+    """Column, or field of a list's structs, of the document's text."""
+    title_column: str | None = None
+    """Column of a title that goes before the text; None for none."""
+    rank_column: str = "rank"
+    """Column of the retrieval's rank in --candidates."""
+    score_column: str = "score"
+    """Column of the retrieval's score in --candidates."""
+    documents_column: str = "documents"
+    """Column of a list of documents in --candidates; columns doc_ids, texts, ranks and scores that
+    hold lists do as well (the names above with an s)."""
+    format: Format = "auto"
+    """How to read --candidates or --corpus; auto goes by names."""
+    queries_format: Format = "auto"
+    """How to read --queries."""
+    min_actors: int | None = None
+    """Smallest pool; None is 1."""
+    max_actors: int | None = None
+    """Largest pool; None is what the cluster has GPUs or processors for."""
+    gpus_per_actor: float | None = None
+    """None is 1 on a cluster with GPUs, else 0."""
+    max_bad_fraction: float = 0.001
+    """Share of rejected pairs above which nothing is published."""
+    max_bad_files: int = 0
+    """Number of unreadable objects of candidates above which nothing is published."""
+    unit_pairs: int = 1024
+    """Most pairs of a unit of work; a query with more is a unit of its own."""
+    num_partitions: int | None = None
+    """Parts of the join of candidates and texts; None suits the size of the candidates."""
+    stall_timeout_s: float = 1800.0
+    """Seconds without any progress after which the job ends with code 6."""
+    gpu_hourly_price: float | None = None
+    """Price of one GPU, or of one CPU machine without GPUs, for an hour; for --dry-run."""
+    tokens_per_s: float | None = None
+    """Speed of one actor for --dry-run; None measures it on this machine."""
+    single_writer: bool = False
+    """I am the only writer here: allow a store without conditional PUT."""
+    dry_run: bool = False
+    """Print pairs, token histogram, time and cost; start nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "unit_pairs", "num_partitions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; give 1 or more")
+        for name in ("max_bad_fraction", "fusion_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give 0 to 1")
+        if self.stall_timeout_s <= 0:
+            raise ConfigError(f"stall_timeout_s is {self.stall_timeout_s}; give seconds above 0")
+        if (self.run is None) == (self.candidates is None):
+            raise ConfigError(
+                f"--run={self.run} and --candidates={self.candidates}: give exactly one of them"
+            )
+        texts = (self.queries, self.corpus)
+        if (None in texts) if self.run is not None else texts != (None, None):
+            raise ConfigError(
+                f"--queries={self.queries} and --corpus={self.corpus}: --run needs both, "
+                "--candidates brings its texts and takes neither"
+            )
+        parse_cascade(self.cascade)
+
+    def columns(self) -> NestedColumns:
+        """Return how the columns of candidates are called."""
+        return NestedColumns(
+            query_id=self.query_id_column,
+            doc_id=self.doc_id_column,
+            text=self.text_column,
+            rank=self.rank_column,
+            score=self.score_column,
+            documents=self.documents_column,
+        )
+
+    def join_plan(self) -> JoinPlan:
+        """Look at the inputs; return what is to be joined."""
+        if self.run is not None and self.queries is not None and self.corpus is not None:
+            source = run_source(self.run, self.columns())
+            queries = CorpusConfig(
+                input=self.queries,
+                format=self.queries_format,
+                id_column=self.query_id_column,
+                text_column=self.query_text_column,
+            )
+            texts = [resolve_config(queries), resolve_config(self._documents(self.corpus))]
+        else:
+            documents = self._documents(str(self.candidates))
+            source = candidate_source(documents, self.columns(), query_column=self.query_column)
+            texts = []
+        return JoinPlan(
+            source=source,
+            queries=texts[0] if texts else None,
+            corpus=texts[1] if texts else None,
+            num_parts=self.num_partitions,
+            unit_pairs=self.unit_pairs,
+        )
+
+    def _documents(self, uri: str) -> CorpusConfig:
+        return CorpusConfig(
+            input=uri,
+            format=self.format,
+            id_column=self.doc_id_column,
+            text_column=self.text_column,
+            title_column=self.title_column,
+        )
+
+
+def rerank_candidates(config: RerankCandidatesConfig) -> dict[str, Any]:
+    """Run the job and return its summary.
+
+    Raises:
+        QbatchError: Each subclass ends the job with its own exit code; see qbatch.errors.
+    """
+    started = time.perf_counter()
+    cascade = parse_cascade(config.cascade)
+    last = LastModel(
+        model=config.model,
+        revision=config.revision,
+        scorer=config.scorer,
+        max_tokens=config.max_tokens,
+        instruction=config.instruction,
+    )
+    stages, specs = make_stages(cascade, last)
+    task = RerankTask(
+        output=config.output,
+        stages=tuple(stages),
+        depth=cascade.depth,
+        dtype="float32",
+        token_budget=config.token_budget,
+        top_k=config.top_k,
+        fusion=config.fusion,
+        fusion_weight=config.fusion_weight,
+    )
+    if config.dry_run:
+        return _estimate(config, task)
+    storage = Storage(config.output, single_writer=config.single_writer)
+    probe(storage)
+    models = [stage_fingerprint(s, spec) for s, spec in zip(stages, specs, strict=True)]
+    rerank = _Rerank(config=config, storage=storage, current=latest_generation(storage))
+    return rerank.run(task, models, started)
+
+
+def _estimate(config: RerankCandidatesConfig, task: RerankTask) -> dict[str, Any]:
+    device = resolve_device()
+    gpus = config.gpus_per_actor
+    prices = Prices(
+        tokens_per_s=config.tokens_per_s,
+        num_actors=config.max_actors or config.min_actors or 1,
+        gpus_per_actor=float(device.type == "cuda") if gpus is None else gpus,
+        gpu_hourly_price=config.gpu_hourly_price,
+    )
+    task = replace(task, dtype=resolve_dtype(config.dtype, device))
+    return estimate_reranking(task, config.join_plan(), prices)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rerank:
+    """What the steps of one job share."""
+
+    config: RerankCandidatesConfig
+    storage: Storage
+    current: Generation | None
+    """The newest one when the job began: a later one of another writer wins."""
+
+    def run(self, task: RerankTask, models: list[dict[str, Any]], started: float) -> dict[str, Any]:
+        """Join, rerank what is missing, publish; return the summary."""
+        config = self.config
+        with ray_session(stall_timeout_s=config.stall_timeout_s):
+            pool = plan_pool(config.min_actors, config.max_actors, config.gpus_per_actor)
+            task = replace(task, dtype=compute_dtype(config.dtype, pool))
+            settings = scoring_fingerprint(task, models)
+            task = replace(task, fingerprint=fingerprint_id(settings))
+            joined = join_candidates(
+                self.storage, config.join_plan(), stall_timeout_s=config.stall_timeout_s
+            )
+            join_s = time.perf_counter() - started
+            plan = Plan(joined.units, task.fingerprint)
+            done = finished_units(self.storage, plan.keys, self.current)
+            log.info("%d units planned, %d of them finished already", len(plan), len(done))
+            progress = RerankProgress(len(plan) - len(done))
+            made = list(_make_units(plan, done, task, pool, progress))
+        outputs = pa.concat_tables([done, pa.Table.from_pylist(made, schema=OUTPUTS)])
+        counts = total_counts(outputs)
+        check_pairs(counts, config)
+        draft = Generation(
+            kind="run",
+            fingerprint={**settings, "input": joined.input_id},
+            config=asdict(config),
+            counts=counts,
+            files=listed_files(outputs),
+            rejects=listed_rejects(outputs),
+            plan=write_units(self.storage, plan, outputs),
+        )
+        published = publish_change(self.storage, draft, self.current)
+        tokens = counts["tokens"]
+        summary = {
+            "generation": published.number,
+            **counts,
+            "prefix_share": round(counts["tokens_saved"] / tokens, 4) if tokens else None,
+            "units_made": len(made),
+            "units_reused": len(done),
+            **progress.summary(join_s=join_s, total_s=time.perf_counter() - started),
+        }
+        self.storage.write("report.json", json.dumps(summary, indent=1).encode())
+        return summary
+
+
+def scoring_fingerprint(task: RerankTask, models: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return everything besides the input that changes a reranked run."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "template_version": TEMPLATE_VERSION,
+        **models[-1],
+        "dtype": task.dtype,
+        "cascade": {"depth": task.depth, "models": models[:-1]},
+        "fusion": task.fusion,
+        "fusion_weight": task.fusion_weight if task.fusion == "weighted" else None,
+        "top_k": task.top_k,
+    }
+
+
+def _make_units(
+    plan: Plan, done: pa.Table, task: RerankTask, pool: PoolPlan, progress: RerankProgress
+) -> Iterator[dict[str, Any]]:
+    """Run the missing units through the pipeline; yield a row of OUTPUTS for each."""
+    num_pending = len(plan) - len(done)
+    if not num_pending:
+        return
+    num_blocks = int(cluster_resources().get("CPU", 1)) * _BLOCKS_PER_CPU
+    block_units = min(max(1, num_pending // num_blocks), _MAX_BLOCK_UNITS)
+    blocks: list[Any] = [ray.put(block) for block in plan.iter_pending(done, block_units)]
+    unit_at_a_time: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    dataset = (
+        ray.data.from_arrow_refs(blocks)
+        .map_batches(
+            partial(read_and_tokenize_pairs, task=task), max_retries=MAX_RETRIES, **unit_at_a_time
+        )
+        .map_batches(
+            RerankActor,
+            fn_constructor_kwargs={"task": task, "num_threads": pool.threads_per_actor},
+            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+            num_gpus=pool.gpus_per_actor,
+            num_cpus=pool.cpus_per_actor,
+            max_restarts=-1,
+            max_task_retries=MAX_RETRIES,
+            **unit_at_a_time,
+        )
+        .map_batches(partial(write_ranked, task=task), max_retries=MAX_RETRIES, **unit_at_a_time)
+    )
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for output, stats in zip(batch["output"], batch["stats"], strict=True):
+            made = json.loads(output.as_py())
+            progress.add(json.loads(stats.as_py()), json.loads(made["counts"]))
+            yield made
+
+
+def total_counts(outputs: pa.Table) -> dict[str, Any]:
+    """Add up the counts of all units."""
+    totals: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    for text in outputs["counts"]:
+        counts = json.loads(text.as_py())
+        rejected.update(counts.pop("rejected"))
+        dropped.update(counts.pop("dropped"))
+        totals.update(counts)
+    names = ("queries", "pairs", "ranked", "tokens", "tokens_saved")
+    return {
+        **{name: totals[name] for name in names},
+        "rejected": dict(sorted(rejected.items())),
+        "dropped": dict(sorted(dropped.items())),
+    }
+
+
+def check_pairs(counts: Mapping[str, Any], config: RerankCandidatesConfig) -> None:
+    """Refuse to publish more bad input than the operator allows, and what does not add up.
+
+    Raises:
+        BadInputError: Too many rejected pairs or unreadable objects; finished units are kept.
+        IntegrityError: Pairs are missing.
+    """
+    rejected = counts["rejected"]
+    num_rejected, num_dropped = num_row_rejects(rejected), sum(counts["dropped"].values())
+    if counts["pairs"] != counts["ranked"] + num_rejected + num_dropped:
+        raise IntegrityError(
+            f"{counts['pairs']} pairs in, but {counts['ranked']} ranked, {num_rejected} rejected "
+            f"and {num_dropped} dropped; nothing was published. This is a bug: report it"
+        )
+    bad_files = sum(rejected.values()) - num_rejected
+    bad_pairs = num_rejected - sum(rejected.get(reason, 0) for reason in DROPPED_REASONS)
+    kept = "nothing was published, finished units are kept, and the rejects files say which"
+    if bad_files > config.max_bad_files:
+        raise BadInputError(
+            f"{bad_files} unreadable objects ({rejected}), --max-bad-files={config.max_bad_files} "
+            f"are allowed; {kept}. Mend them or allow more, and run again"
+        )
+    if bad_pairs > config.max_bad_fraction * counts["pairs"]:
+        raise BadInputError(
+            f"{bad_pairs} bad pairs among {counts['pairs']} ({rejected}), a share of "
+            f"--max-bad-fraction={config.max_bad_fraction:g} is allowed; {kept}. Mend them or "
+            "allow more, and run again"
+        )
