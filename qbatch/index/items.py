@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from qbatch.errors import ConfigError
 from qbatch.index.columns import VectorColumn
 from qbatch.index.rescoring import StoredVectors
 
@@ -53,7 +53,7 @@ class ItemTable:
         for table in tables:
             self._hashes.append(_hash_words(table[CONTENT_HASH].combine_chunks()))
             if group_column is not None:
-                self._groups.append(pc.dictionary_encode(table[group_column]).combine_chunks())
+                self._groups.append(_encoded(table[group_column], group_column))
             yield table
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
@@ -74,6 +74,17 @@ def _hash_words(hashes: pa.FixedSizeBinaryArray) -> np.ndarray:
         hashes.buffers()[1], np.uint64, count=2 * len(hashes), offset=16 * hashes.offset
     )
     return words.reshape(-1, 2).copy()  # a view would keep the whole file in memory
+
+
+def _encoded(column: pa.ChunkedArray, name: str) -> pa.DictionaryArray:
+    """Return values as text, encoded: files that hold only nulls have a type of their own."""
+    try:
+        return column.cast(pa.large_string()).dictionary_encode().combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ConfigError(
+            f"column {name!r} is {column.type}, which cannot be compared ({error}); give --same a "
+            "column of texts, numbers or truth values"
+        ) from error
 
 
 def _codes(parts: list[pa.DictionaryArray]) -> np.ndarray:

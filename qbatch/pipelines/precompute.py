@@ -182,12 +182,14 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     with ray_session(stall_timeout_s=config.stall_timeout_s):
         searched = search_index(search)
         searched_at = time.perf_counter()
-        candidates = _candidates(config, index)
+        run = open_table(search.output)
+        candidates = _candidates(config, index, run)
         selected_at = time.perf_counter()
         task = SliceTask(
             output=config.output,
             run=candidates,
             source=query_source(search, index.generation),
+            num_searched=run.generation.counts["searched"],
             num_partitions=config.num_partitions,
             top_k=config.top_k,
         )
@@ -247,9 +249,10 @@ def search_config(config: PrecomputeConfig, index: PublishedTable) -> SearchInde
     )
 
 
-def _candidates(config: PrecomputeConfig, index: PublishedTable) -> PublishedTable:
+def _candidates(
+    config: PrecomputeConfig, index: PublishedTable, run: PublishedTable
+) -> PublishedTable:
     """Return the run whose first rows become the items."""
-    run = open_table(f"{config.output.rstrip('/')}/run")
     if not config.selects:
         return run
     output = f"{config.output.rstrip('/')}/candidates"

@@ -48,8 +48,11 @@ class SliceTask:
 
     output: str
     run: PublishedTable
+    """Whose rows become items: as searched, as selected, or in a reranker's order."""
     source: QuerySource
     """Where the keys are."""
+    num_searched: int
+    """Queries that the search accounted for."""
     num_partitions: int
     top_k: int
 

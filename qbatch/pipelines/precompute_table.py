@@ -59,7 +59,7 @@ def publish_recommendations(
     )
     outputs, num_made = table.make_partitions()
     counts = _total_counts(outputs)
-    _check_conservation(counts, task.run.generation.counts["searched"])
+    _check_conservation(counts, task.num_searched)
     changes = table.find_changes(outputs, counts["keys"])
     draft = table.draft(outputs, counts, changes, config)
     published = publish_change(storage, draft, table.current)

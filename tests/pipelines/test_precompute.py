@@ -29,9 +29,8 @@ def near_copies(vectors: np.ndarray) -> np.ndarray:
     """Make every tenth vector nearly the one before it, and every 50th exactly that."""
     rng = np.random.default_rng(5)
     for i in range(1, len(vectors), 10):
-        noise = 0 if i % 50 == 1 else 0.02 * rng.standard_normal(vectors.shape[1])
-        moved = vectors[i - 1] + noise
-        vectors[i] = moved / np.linalg.norm(moved)
+        moved = vectors[i - 1] + 0.02 * rng.standard_normal(vectors.shape[1])
+        vectors[i] = vectors[i - 1] if i % 50 == 1 else moved / np.linalg.norm(moved)
     return vectors
 
 
