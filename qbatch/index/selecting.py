@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qbatch.index.diversity import diversify
 from qbatch.index.items import ItemTable
@@ -48,8 +49,9 @@ def select_candidates(
     query = np.cumsum(run["rank"].to_numpy() == 1) - 1
     kept = np.flatnonzero(_allowed(run, items, options, first_row))
     if options.are_items and items is not None:
-        rows = run["row"].to_numpy()[kept]
-        kept = kept[_is_first_copy(query[kept], items.hashes[rows], rows)]
+        place = pc.rank(run["doc_id"], tiebreaker="dense").to_numpy()[kept]
+        hashes = items.hashes[run["row"].to_numpy()[kept]]
+        kept = kept[_is_first_copy(query[kept], hashes, place)]
     _, starts, sizes = np.unique(query[kept], return_index=True, return_counts=True)
     if options.diversity and items is not None and len(kept):
         places, ranks = _varied(run, kept, starts, sizes, items, options)
@@ -77,14 +79,14 @@ def _allowed(
     return is_kept
 
 
-def _is_first_copy(query: np.ndarray, hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return which candidates are the first row with their text among those of their query.
+def _is_first_copy(query: np.ndarray, hashes: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Return which candidates have the first id of those of their query with the same text.
 
     Copies have the same score up to its last bits, which would decide anew every night.
     """
-    order = np.lexsort((rows, hashes[:, 1], hashes[:, 0], query))
+    order = np.lexsort((place, hashes[:, 1], hashes[:, 0], query))
     keys = np.column_stack([query.astype(np.uint64), hashes])[order]
-    is_first = np.ones(len(rows), bool)
+    is_first = np.ones(len(place), bool)
     is_first[order[1:]] = (keys[1:] != keys[:-1]).any(axis=1)
     return is_first
 

@@ -27,7 +27,6 @@ DIGEST_BYTES = 16
 MEMBERS = pa.schema(
     [
         pa.field("key", pa.large_string(), nullable=False),
-        pa.field("group", pa.int32(), nullable=False),  # one for each list of an input
         pa.field("rank", pa.int32(), nullable=False),  # 0: the key itself, without an item
         pa.field("doc_id", pa.large_string()),
         pa.field("score", pa.float32()),
@@ -82,13 +81,15 @@ class Slices:
     """uint8, (inputs, partitions, DIGEST_BYTES): 0 for a slice without rows."""
 
     def of(self, partition: int) -> tuple[list[str], str]:
-        """Return the files that hold something of a partition, and the hash of all that."""
-        digests = self.digests[:, partition]
-        has_rows = np.any(digests, axis=1)
-        paths = [
-            path for path, is_used in zip(self.paths, has_rows.tolist(), strict=True) if is_used
-        ]
-        return paths, hashlib.sha256(digests[has_rows].tobytes()).hexdigest()
+        """Return the files that hold something of a partition, and the hash of all that.
+
+        Both are in an order that only content decides: a changed input changes the names of files
+        made from it, and so their order in lists.
+        """
+        digests = map(bytes, self.digests[:, partition])
+        used = sorted(pair for pair in zip(digests, self.paths, strict=True) if any(pair[0]))
+        joined = b"".join(digest for digest, _ in used)
+        return [path for _, path in used], hashlib.sha256(joined).hexdigest()
 
 
 def make_slices(task: SliceTask, inputs: Sequence[Input], *, stall_timeout_s: float) -> Slices:
@@ -96,7 +97,7 @@ def make_slices(task: SliceTask, inputs: Sequence[Input], *, stall_timeout_s: fl
 
     Args:
         task: What all processes share.
-        inputs: Keys first: their order decides which of several lists of one key counts.
+        inputs: In any order.
         stall_timeout_s: Seconds without progress after which the job gives up.
     """
     storage, shared = Storage(task.output), ray.put(task)
@@ -166,18 +167,15 @@ _REMEDY = "Delete the file and run the job again"
 
 
 def _key_members(ids: pa.Array) -> pa.Table:
-    zeros = np.zeros(len(ids), np.int32)
+    ranks = np.zeros(len(ids), np.int32)
     nothing = [pa.nulls(len(ids), MEMBERS.field(name).type) for name in ("doc_id", "score")]
-    return pa.table([ids, zeros, zeros, *nothing], schema=MEMBERS)
+    return pa.table([ids, ranks, *nothing], schema=MEMBERS)
 
 
 def _run_members(run: pa.Table, top_k: int) -> pa.Table:
-    rank = run["rank"].to_numpy()
-    group = np.cumsum(rank == 1, dtype=np.int32)
-    members = pa.table(
-        [run["query_id"], group, run["rank"], run["doc_id"], run["score"]], schema=MEMBERS
-    )
-    return members.filter(pa.array(rank <= top_k))
+    columns = ["query_id", "rank", "doc_id", "score"]
+    members = pa.table([run[name] for name in columns], schema=MEMBERS)
+    return members.filter(pc.less_equal(members["rank"], top_k))
 
 
 def _write_slices(task: SliceTask, given: Input) -> tuple[str, bytes]:

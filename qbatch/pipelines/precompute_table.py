@@ -239,10 +239,10 @@ def _make_partition(
 def merge_slices(slices: Sequence[pa.Table]) -> tuple[pa.Table, int]:
     """Return RECOMMENDATIONS ordered by key, and how many queries stand behind the keys.
 
-    Of several lists of one key, as when an id repeats in a log, the first counts.
+    Of several lists of one key, as when an id repeats in a log, the one with the best item counts.
 
     Args:
-        slices: precompute_slices.MEMBERS, of all inputs in order.
+        slices: precompute_slices.MEMBERS, of all inputs; the rows of a list are in rank order.
 
     Raises:
         IntegrityError: A list belongs to no key.
@@ -250,7 +250,6 @@ def merge_slices(slices: Sequence[pa.Table]) -> tuple[pa.Table, int]:
     if not slices:
         return RECOMMENDATIONS.empty_table(), 0
     members = pa.concat_tables(slices).combine_chunks()
-    source = np.repeat(np.arange(len(slices)), [len(part) for part in slices])
     is_key = members["rank"].to_numpy() == 0
     keys = pc.unique(members["key"].filter(pa.array(is_key)))
     keys = keys.take(pc.sort_indices(keys))
@@ -260,10 +259,7 @@ def merge_slices(slices: Sequence[pa.Table]) -> tuple[pa.Table, int]:
             f"the run has rows of {members['key'][int(code.argmin())].as_py()!r}, which is not "
             "among its queries; nothing was published. Give the queries that were searched"
         )
-    rank, group = members["rank"].to_numpy(), members["group"].to_numpy()
-    order = np.lexsort((rank, group, source, code))
-    order = order[~is_key[order]]
-    order = order[_is_of_first_list(code[order], source[order], group[order])]
+    order = _rows_of_best_lists(members, code, np.flatnonzero(~is_key))
     offsets = np.cumsum([0, *np.bincount(code[order], minlength=len(keys))])
     struct = RECOMMENDATIONS.field("items").type.value_type
     chosen = members.select(["doc_id", "score"]).take(pa.array(order)).combine_chunks()
@@ -280,9 +276,16 @@ def _array(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks else pa.array([], column.type)
 
 
-def _is_of_first_list(code: np.ndarray, source: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Return which rows, ordered by all three, belong to the first list of their code."""
-    starts = np.flatnonzero(np.diff(code, prepend=-1))
-    first = np.repeat(starts, np.diff(starts, append=len(code)))
-    is_first: np.ndarray = (source == source[first]) & (group == group[first])
-    return is_first
+def _rows_of_best_lists(members: pa.Table, code: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return those rows that belong to the best list of their key, by code of key and rank."""
+    if not len(rows):
+        return rows
+    rank, score = members["rank"].to_numpy()[rows], members["score"].to_numpy()[rows]
+    list_of = np.cumsum(rank == 1) - 1
+    best_score = score[rank == 1][list_of]
+    order = np.lexsort((rank, list_of, -best_score, code[rows]))
+    ordered_code, ordered_list = code[rows][order], list_of[order]
+    starts = np.flatnonzero(np.diff(ordered_code, prepend=-1))
+    first = np.repeat(starts, np.diff(starts, append=len(order)))
+    chosen: np.ndarray = rows[order[ordered_list == ordered_list[first]]]
+    return chosen

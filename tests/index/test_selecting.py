@@ -101,7 +101,7 @@ def test_copies_near_duplicates_and_other_groups_are_left_out():
         chosen = SelectionOptions(top_k=4, are_items=True, **options)
         return chosen_rows(select_candidates(run, items, chosen, first_row=1))
 
-    # 4 is a copy of 1; of the copies 3, 5 and 7 the first row counts
+    # 4 is a copy of 1; of the copies 3, 5 and 7 the first id counts
     assert select() == {"d1": ["d0", "d3", "d2", "d6"], "d2": ["d1", "d0"], "d4": ["d6"]}
     assert select(max_similarity=0.95)["d1"] == ["d3", "d2", "d6"]
     # the null of 2 is like nothing, not even like itself

@@ -21,30 +21,34 @@ def recommendations(lists: dict[str, list[tuple[str, float]]]) -> pa.Table:
 
 
 def keys_slice(*keys: str) -> pa.Table:
-    rows = [{"key": key, "group": 0, "rank": 0} for key in keys]
+    rows = [{"key": key, "rank": 0} for key in keys]
     return pa.Table.from_pylist(rows, schema=MEMBERS)
 
 
-def run_slice(*lists: tuple[str, list[str]]) -> pa.Table:
+def run_slice(*lists: tuple[str, list[str]], best: float = 1.0) -> pa.Table:
     rows = [
-        {"key": key, "group": group, "rank": rank, "doc_id": doc_id, "score": 1 / rank}
-        for group, (key, doc_ids) in enumerate(lists, start=1)
+        {"key": key, "rank": rank, "doc_id": doc_id, "score": best / rank}
+        for key, doc_ids in lists
         for rank, doc_id in enumerate(doc_ids, start=1)
     ]
     return pa.Table.from_pylist(rows, schema=MEMBERS)
 
 
-def test_every_key_has_one_row_and_the_first_of_its_lists():
+def test_every_key_has_one_row_and_the_best_of_its_lists():
     slices = [
         keys_slice("b", "\u00e9", "b"),
         keys_slice("a", "c", "b"),
+        run_slice(("c", ["y", "x"]), ("b", ["no", "no2", "no3"]), best=0.5),
         run_slice(("b", ["x", "y"]), ("\u00e9", ["z"]), ("b", ["no"])),
-        run_slice(("c", ["y", "x"]), ("b", ["no", "no2", "no3"])),
     ]
     table, num_queries = merge_slices(slices)
     assert num_queries == 6
     lists = {"a": [], "b": ["x", "y"], "c": ["y", "x"], "\u00e9": ["z"]}
-    wanted = {k: [(d, 1 / r) for r, d in enumerate(v, start=1)] for k, v in lists.items()}
+    best = {"c": 0.5}
+    wanted = {
+        key: [(d, best.get(key, 1) / rank) for rank, d in enumerate(items, start=1)]
+        for key, items in lists.items()
+    }
     assert table.equals(recommendations(wanted))
     assert merge_slices([])[0].equals(RECOMMENDATIONS.empty_table())
     assert merge_slices([keys_slice("a")])[0].equals(recommendations({"a": []}))
