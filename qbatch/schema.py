@@ -138,6 +138,43 @@ mean log-likelihood of a query's tokens. ``score`` is made from it: a number fro
 fusion with the retrieval; then the fusion ranks.
 """
 
+LOCATED_RUN = pa.schema(
+    [
+        *RUN,
+        pa.field("query_row", pa.int64(), nullable=False),  # in its file of queries
+        pa.field("row", pa.int64(), nullable=False),  # over all shards, see SHARDS.row_base
+    ]
+)
+"""A run that also says where its queries and passages lie, so that nothing is looked up by id."""
+
+RECOMMENDATIONS = pa.schema(
+    [
+        pa.field("key", pa.large_string(), nullable=False),
+        pa.field(
+            "items",
+            pa.list_(
+                pa.field(
+                    "element",
+                    pa.struct(
+                        [
+                            pa.field("doc_id", pa.large_string(), nullable=False),
+                            pa.field("score", pa.float32(), nullable=False),
+                        ]
+                    ),
+                    nullable=False,
+                )
+            ),
+            nullable=False,
+        ),
+    ]
+)
+"""One row a key, ready for a key-value store: a query or a document and its items, best first."""
+
+RECOMMENDATION_CHANGES = pa.schema(
+    [*RECOMMENDATIONS, pa.field("deleted", pa.bool_(), nullable=False)]
+)
+"""What to do to a store that holds the generation before: put a row, or delete its key."""
+
 QRELS = pa.schema(
     [
         pa.field("query_id", pa.large_string(), nullable=False),

@@ -22,6 +22,10 @@ class StoredVectors:
                 stream.write(np.ascontiguousarray(matrix, np.float32).data)
         self._vectors = np.memmap(file, np.float32, "r", shape=(rows, dim))
 
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors of rows: float32, of the rows' shape and (dim,)."""
+        return np.asarray(self._vectors[rows])
+
     def __call__(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return inner products: float32, like ``rows``.
 

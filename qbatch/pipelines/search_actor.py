@@ -36,7 +36,7 @@ from qbatch.pipelines.unit_files import (
     write_rejects,
     write_unit_file,
 )
-from qbatch.schema import RUN
+from qbatch.schema import LOCATED_RUN, RUN
 from qbatch.storage import Storage
 
 _FILES_KEPT = 2
@@ -216,8 +216,11 @@ def write_block(
     columns = {
         **{name: hits[name] for name in ("doc_id", "passage_id", "rank", "score")},
         "query_id": queries.ids.take(hits["query"]),
+        "query_row": queries.rows[hits["query"].to_numpy()],
+        "row": hits["row"],
     }
-    run = pa.table([columns[name] for name in RUN.names], schema=RUN)
+    schema = LOCATED_RUN if task.locate else RUN
+    run = pa.table([columns[name] for name in schema.names], schema=schema)
     rejected = pc.value_counts(queries.rejects["reason"]).to_pylist()
     counts = {
         "queries": len(queries.ids) + queries.rejects.num_rows,

@@ -59,6 +59,8 @@ class SearchIndexConfig:
     """Directory of the index."""
     queries: str
     """Texts (any corpus format), Parquet with vectors, or a published vectors table."""
+    queries_generation: int | None = None
+    """Which generation of a vectors table asks; None is the newest."""
     output: str
     """Directory of the run."""
     id_column: str = "query_id"
@@ -83,6 +85,8 @@ class SearchIndexConfig:
     """Exact scores from the stored vectors for this many times top_k candidates of each shard."""
     exclude_self: bool = False
     """Leave out the document whose id is the query's id, for item-to-item search."""
+    locate: bool = False
+    """Write where queries and passages lie as well (schema.LOCATED_RUN), for jobs that go on."""
     filter: str | None = None
     """Over kept columns, such as: lang == "en" and year >= 2020."""
     tombstones: str | None = None
@@ -118,7 +122,9 @@ def search_index(config: SearchIndexConfig) -> dict[str, Any]:
     with ray_session(stall_timeout_s=config.stall_timeout_s):
         if config.dry_run and _are_texts(config):
             return {"embed_queries": embed_corpus(embed_config(config, index.generation))}
-        source = _query_source(config, index.generation)
+        if _are_texts(config):
+            _embed_texts(config, index.generation)
+        source = query_source(config, index.generation)
         embedded_at = time.perf_counter()
         shards = stored_shards(index.storage, index.generation)
         search = _Search(
@@ -176,8 +182,8 @@ def _check_filter(config: SearchIndexConfig, index: Generation) -> None:
         )
 
 
-def _query_source(config: SearchIndexConfig, index: Generation) -> QuerySource:
-    """Return where the query vectors lie, after embedding texts.
+def query_source(config: SearchIndexConfig, index: Generation) -> QuerySource:
+    """Return where the query vectors lie; those of texts, once they are embedded.
 
     Raises:
         ConfigError: The queries belong to another model than the index.
@@ -188,8 +194,10 @@ def _query_source(config: SearchIndexConfig, index: Generation) -> QuerySource:
         return QuerySource(
             uri=config.queries, generation=None, id_column=config.id_column, column=column
         )
-    uri = _embed_texts(config, index) if _are_texts(config) else config.queries
-    published = open_vectors(uri).generation
+    is_embedded_here = _are_texts(config)
+    uri = embed_config(config, index).output if is_embedded_here else config.queries
+    number = None if is_embedded_here else config.queries_generation
+    published = open_vectors(uri, number).generation
     if published.kind != "vectors":
         raise ConfigError(
             f"--queries={uri} holds {published.kind}; give texts, vectors or a vectors table"
@@ -204,13 +212,12 @@ def _are_texts(config: SearchIndexConfig) -> bool:
     return config.vector_column is None and latest_generation(Storage(config.queries)) is None
 
 
-def _embed_texts(config: SearchIndexConfig, index: Generation) -> str:
-    """Embed the queries beside the run, as the index's documents were; return where they lie."""
+def _embed_texts(config: SearchIndexConfig, index: Generation) -> None:
+    """Embed the queries beside the run, as the index's documents were."""
     embed = embed_config(config, index)
     check_same_space(index.fingerprint["embedding"], planned_fingerprint(embed))
     log.info("embedding the queries with %s", embed.model)
     embed_corpus(embed)
-    return embed.output
 
 
 def embed_config(config: SearchIndexConfig, index: Generation) -> EmbedCorpusConfig:
@@ -253,6 +260,7 @@ def _make_task(
         ),
         source=source,
         exclude_self=config.exclude_self,
+        locate=config.locate,
         filter=config.filter,
         tombstones=_read_tombstones(config.tombstones),
         vectors=vectors["uri"],

@@ -43,6 +43,11 @@ class QueryBlock:
         """Return the block for a plan."""
         return json.dumps(asdict(self))
 
+    @classmethod
+    def from_json(cls, text: str) -> "QueryBlock":
+        """Return the block that a plan holds."""
+        return cls(**json.loads(text))
+
     def key(self, fingerprint: str) -> str:
         """Return the name of what is found for this block under a fingerprint."""
         return fingerprint_id({"block": asdict(self), "fingerprint": fingerprint})
@@ -56,6 +61,8 @@ class Queries:
     """large_string."""
     vectors: np.ndarray
     """float32, (queries, dim), of unit length where the index's vectors have it."""
+    rows: np.ndarray
+    """int64, (queries,): where they lie in their file."""
     rejects: pa.Table
     """schema.REJECTS."""
 
@@ -144,6 +151,7 @@ class QuerySource:
         return Queries(
             ids=ids.take(pa.array(good)),
             vectors=self.column.unit(np.ascontiguousarray(vectors[good], np.float32)),
+            rows=numbers[good],
             rejects=pa.Table.from_pylist(rejects, schema=REJECTS),
         )
 

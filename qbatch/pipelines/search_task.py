@@ -45,6 +45,8 @@ class SearchTask:
     options: SearchOptions
     source: QuerySource
     exclude_self: bool
+    locate: bool
+    """The run says where queries and passages lie."""
     filter: str | None
     tombstones: pa.Array
     """Documents that must not be found any more, sorted, without repetition."""
@@ -63,6 +65,7 @@ class SearchTask:
             "shards": fingerprint_id({"keys": self.shard_keys}),
             "options": asdict(self.options),
             "exclude_self": self.exclude_self,
+            **({"locate": True} if self.locate else {}),
             "filter": self.filter,
             "tombstones": fingerprint_id({"ids": self.tombstones.to_pylist()}),
         }

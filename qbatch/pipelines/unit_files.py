@@ -7,7 +7,7 @@ unit's rows, so that the file is its own completion record.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -122,14 +122,27 @@ def list_unit_files(storage: Storage) -> pa.Table:
     return pa.concat_tables(tables)
 
 
+def write_table_file(storage: Storage, stem: str, table: pa.Table) -> dict[str, Any]:
+    """Write a table as ``<stem>-<first 16 hex of its sha256>.parquet``; return its FILES entry."""
+    return _write(storage, stem, table, {})
+
+
 def write_partial(storage: Storage, key: str, table: pa.Table) -> None:
     """Write an intermediate result as ``partials/<key>-<first 16 hex of its sha256>.arrow``.
 
     Arrow's own format: it is read once, soon, and compressing it would take longer than that.
     """
+    write_partial_batches(storage, key, table.to_batches(), table.schema)
+
+
+def write_partial_batches(
+    storage: Storage, key: str, batches: Sequence[pa.RecordBatch], schema: pa.Schema
+) -> None:
+    """Write an intermediate result whose batches, empty ones too, can be read one by one."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
+    with pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
     data = memoryview(sink.getvalue())
     digest = hashlib.sha256(data).hexdigest()
     storage.write(f"partials/{key}-{digest[:16]}.arrow", data)

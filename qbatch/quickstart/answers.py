@@ -49,6 +49,19 @@ def read_answers(run_uri: str, *, top_k: int = 3) -> dict[str, list[Hit]]:
     return answers
 
 
+def read_related(table_uri: str, keys: Sequence[str]) -> dict[str, list[Hit]]:
+    """Return the items of some keys of published recommendations, best first.
+
+    Raises:
+        NoInputError: Nothing is published there.
+    """
+    related: dict[str, list[Hit]] = {}
+    for table in open_table(table_uri).iter_tables():
+        for row in table.filter(pc.field("key").isin(list(keys))).to_pylist():
+            related[row["key"]] = [Hit(**item) for item in row["items"]]
+    return related
+
+
 def format_answers(
     queries: Mapping[str, str],
     answers: Mapping[str, Sequence[Hit]],

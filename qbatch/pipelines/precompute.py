@@ -1,0 +1,265 @@
+"""The precompute job: everything a search box or a "related items" row will show, as one table.
+
+queries or documents -> run -> candidates -> recommendations, each step a published table below
+``--output``, so that a killed job goes on where it stopped and every step can be looked at.
+"""
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from qbatch.corpus.config import Format
+from qbatch.errors import ConfigError
+from qbatch.index.filters import filter_columns
+from qbatch.index.selecting import SelectionOptions
+from qbatch.pipelines.cluster import ray_session
+from qbatch.pipelines.precompute_candidates import CandidatesTask, make_candidates
+from qbatch.pipelines.precompute_slices import SliceTask
+from qbatch.pipelines.precompute_table import current_recommendations, publish_recommendations
+from qbatch.pipelines.search_index import (
+    SearchIndexConfig,
+    open_index_table,
+    query_source,
+    search_index,
+)
+from qbatch.storage import Storage, probe
+from qbatch.tables import PublishedTable, open_table
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["queries", "items"]
+
+_CANDIDATES_PER_ITEM = 5
+"""Default depth of the search: what is left out must not leave lists short."""
+
+_MAX_PARTITIONS = 65_536
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecomputeConfig:
+    """Precompute search results, or each document's related documents."""
+
+    index: str
+    """Directory of the index."""
+    output: str
+    """Directory of the recommendations; the steps before lie in run/ and candidates/ below it."""
+    mode: Mode = "queries"
+    """queries: a log is searched. items: every document asks, and does not find itself."""
+    queries: str | None = None
+    """Texts, Parquet with vectors, or a vectors table; items asks with the index's documents."""
+    top_k: int = 10
+    """Items a key."""
+    candidates_k: int | None = None
+    """Documents found before any are left out; None is 5 times top_k."""
+    nprobe: int | None = None
+    """Inverted lists visited (ef_search of a graph); None is what the build found necessary."""
+    rescore: int = 0
+    """Exact scores from the stored vectors for this many times candidates_k of each shard."""
+    filter: str | None = None
+    """What may be found, over kept columns, such as: lang == "en" and year >= 2020."""
+    tombstones: str | None = None
+    """Parquet files whose doc_id column names documents that must not be found any more."""
+    max_similarity: float | None = None
+    """Items scored above it are near-duplicates and left out; a lossy index needs --rescore."""
+    same: str | None = None
+    """Kept column in which related documents agree, such as a category."""
+    diversity: float = 0.0
+    """From 0, best first, to 1, unlike each other (maximal marginal relevance, 1 - lambda)."""
+    id_column: str = "query_id"
+    """Column of the query's id, which becomes the key."""
+    text_column: str = "text"
+    """Column of the query's text."""
+    vector_column: str | None = None
+    """Column of vectors in Parquet files; None embeds texts, or takes a vectors table."""
+    format: Format = "auto"
+    """How to read texts; auto goes by names."""
+    instruction: str | None = None
+    """Task sentence for text queries; None is the model's own."""
+    model: str | None = None
+    """Where the index's model lies here; None is where it lay when the corpus was embedded."""
+    revision: str | None = None
+    """Commit of a hub id."""
+    num_partitions: int = 64
+    """Files of the table, keys shared out by hash; stays for the life of the table."""
+    stall_timeout_s: float = 1800.0
+    """Seconds without any progress after which the job ends with code 6."""
+    single_writer: bool = False
+    """I am the only writer here: allow a store without conditional PUT."""
+    dry_run: bool = False
+    """Print the plan; compute nothing."""
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        _check_mode(self)
+
+    @property
+    def selection(self) -> SelectionOptions:
+        """What becomes of the documents found."""
+        return SelectionOptions(
+            top_k=self.top_k,
+            are_items=self.mode == "items",
+            max_similarity=self.max_similarity,
+            same=self.same,
+            diversity=self.diversity,
+        )
+
+    @property
+    def selects(self) -> bool:
+        """Some of the documents found are left out or change places."""
+        return self.mode == "items" or self.diversity > 0
+
+    @property
+    def depth(self) -> int:
+        """Documents the search finds for each key."""
+        if not self.selects:
+            return self.top_k
+        return self.candidates_k or _CANDIDATES_PER_ITEM * self.top_k
+
+
+def _check_ranges(config: PrecomputeConfig) -> None:
+    for name in ("top_k", "nprobe", "num_partitions"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; give 1 or more")
+    if config.num_partitions > _MAX_PARTITIONS:
+        raise ConfigError(
+            f"num_partitions is {config.num_partitions}; give {_MAX_PARTITIONS} or fewer, a file "
+            "should hold thousands of keys"
+        )
+    if config.candidates_k is not None and config.candidates_k < config.top_k:
+        raise ConfigError(
+            f"candidates_k is {config.candidates_k}, less than top_k={config.top_k}; give more "
+            "candidates than items"
+        )
+    if not 0 <= config.diversity <= 1:
+        raise ConfigError(f"diversity is {config.diversity}; give 0 (off) to 1")
+    if config.max_similarity is not None and not -1 <= config.max_similarity <= 1:
+        raise ConfigError(f"max_similarity is {config.max_similarity}; give a cosine, -1 to 1")
+    if config.filter is not None:
+        filter_columns(config.filter)
+
+
+def _check_mode(config: PrecomputeConfig) -> None:
+    if config.mode == "items" and config.queries is not None:
+        raise ConfigError(
+            f"queries is {config.queries!r} with --mode=items, where the documents of the index "
+            "ask; leave it out, or give --mode=queries"
+        )
+    if config.mode == "items":
+        return
+    if config.queries is None:
+        raise ConfigError("--mode=queries needs --queries: texts, vectors or a vectors table")
+    for name in ("max_similarity", "same"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)!r} with --mode=queries: it compares items with "
+                "the item that asks; give --mode=items, or --diversity against results that "
+                "repeat each other"
+            )
+
+
+def precompute(config: PrecomputeConfig) -> dict[str, Any]:
+    """Run the job and return its summary.
+
+    Raises:
+        QbatchError: Each subclass ends the job with its own exit code; see qbatch.errors.
+    """
+    started = time.perf_counter()
+    index = open_index_table(config.index)
+    _check_index(config, index)
+    storage = Storage(config.output, single_writer=config.single_writer)
+    current_recommendations(storage, config.num_partitions)
+    search = search_config(config, index)
+    if config.dry_run:
+        return {
+            "search": search_index(search),
+            "num_partitions": config.num_partitions,
+            "steps": ["run", *(["candidates"] if config.selects else []), "recommendations"],
+        }
+    probe(storage)
+    with ray_session(stall_timeout_s=config.stall_timeout_s):
+        searched = search_index(search)
+        searched_at = time.perf_counter()
+        run = open_table(search.output)
+        candidates = _candidates(config, index, run)
+        selected_at = time.perf_counter()
+        task = SliceTask(
+            output=config.output,
+            run=candidates,
+            source=query_source(search, index.generation),
+            num_searched=run.generation.counts["searched"],
+            num_partitions=config.num_partitions,
+            top_k=config.top_k,
+        )
+        published = publish_recommendations(
+            task,
+            asdict(config),
+            stall_timeout_s=config.stall_timeout_s,
+            single_writer=config.single_writer,
+        )
+    done_at = time.perf_counter()
+    summary = {
+        **published,
+        "rejected": searched["rejected"],
+        "seconds": {
+            "search": round(searched_at - started, 3),
+            "candidates": round(selected_at - searched_at, 3),
+            "recommendations": round(done_at - selected_at, 3),
+            "total": round(done_at - started, 3),
+        },
+    }
+    storage.write("report.json", json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def _check_index(config: PrecomputeConfig, index: PublishedTable) -> None:
+    generation = index.generation
+    kept = generation.details["columns"]
+    if config.same is not None and config.same not in kept:
+        raise ConfigError(
+            f"same is {config.same!r}, the index keeps {kept}; keep the column with "
+            "--keep-columns when embedding, and build the index again"
+        )
+    if config.max_similarity is not None and not generation.fingerprint["embedding"]["normalize"]:
+        raise ConfigError(
+            f"max_similarity is {config.max_similarity}, but scores of this index are no cosines: "
+            "its model gives vectors of any length. Leave it out"
+        )
+
+
+def search_config(config: PrecomputeConfig, index: PublishedTable) -> SearchIndexConfig:
+    """Return the search that finds the candidates of every key."""
+    vectors = index.generation.details["vectors"]
+    are_items = config.mode == "items"
+    names = ("id_column", "text_column", "vector_column", "format", "instruction", "model")
+    more = ("revision", "nprobe", "rescore", "filter", "tombstones", "stall_timeout_s")
+    return SearchIndexConfig(
+        index=config.index,
+        queries=vectors["uri"] if are_items else config.queries or "",
+        queries_generation=vectors["generation"] if are_items else None,
+        output=f"{config.output.rstrip('/')}/run",
+        top_k=config.depth,
+        exclude_self=are_items,
+        locate=config.selects,
+        single_writer=config.single_writer,
+        dry_run=config.dry_run,
+        **{name: getattr(config, name) for name in (*names, *more)},
+    )
+
+
+def _candidates(
+    config: PrecomputeConfig, index: PublishedTable, run: PublishedTable
+) -> PublishedTable:
+    """Return the run whose first rows become the items."""
+    if not config.selects:
+        return run
+    output = f"{config.output.rstrip('/')}/candidates"
+    make_candidates(
+        CandidatesTask.of(run, index, config.selection, output),
+        asdict(config),
+        stall_timeout_s=config.stall_timeout_s,
+        single_writer=config.single_writer,
+    )
+    return open_table(output)
