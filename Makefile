@@ -25,13 +25,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 assets: venv ## download the models and tokenizers that tests use
 	@$(ASSETS) minilm qwen3-tokenizer >/dev/null || echo "some assets are missing: their tests skip"
 
-quickstart: venv ## embed the bundled corpus, index it, ask it questions and measure the answers
-	@model=$$($(ASSETS) minilm) && \
+quickstart: venv ## embed, index, search and rerank the bundled corpus, and measure the answers
+	@model=$$($(ASSETS) minilm) && reranker=$$($(ASSETS) smollm2) && \
 	  $(PY) jobs/embed_corpus.py --config jobs/configs/quickstart-embed.toml --model "$$model" && \
 	  $(PY) jobs/build_index.py --config jobs/configs/quickstart-index.toml && \
 	  $(PY) jobs/search_index.py --config jobs/configs/quickstart-search.toml && \
+	  $(PY) jobs/rerank_candidates.py --config jobs/configs/quickstart-rerank.toml --model "$$reranker" && \
 	  $(PY) jobs/evaluate.py --config jobs/configs/quickstart-evaluate.toml && \
-	  $(PY) -m qbatch.quickstart.answers --run quickstart-output/run
+	  $(PY) -m qbatch.quickstart.answers --run quickstart-output/run --reranked quickstart-output/reranked
 
 test: assets ## run the tests (minutes)
 	@$(PYTEST)

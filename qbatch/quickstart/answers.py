@@ -1,6 +1,6 @@
-"""Print the answers of a published run to the bundled questions, with titles and first words.
+"""Print the answers to the bundled questions, retrieved and reranked side by side.
 
-    python -m qbatch.quickstart.answers --run quickstart-output/run
+    python -m qbatch.quickstart.answers --run my/run --reranked my/reranked
 
 For a person's eyes; programs read the run itself.
 """
@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from qbatch.tables import open_table
 
 CORPUS = Path(__file__).with_name("corpus.jsonl")
 QUERIES = Path(__file__).with_name("queries.jsonl")
+
+_CELL = 34
+"""Columns of one answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,34 +68,40 @@ def read_related(table_uri: str, keys: Sequence[str]) -> dict[str, list[Hit]]:
 
 def format_answers(
     queries: Mapping[str, str],
-    answers: Mapping[str, Sequence[Hit]],
+    retrieved: Mapping[str, Sequence[Hit]],
+    reranked: Mapping[str, Sequence[Hit]],
     documents: Mapping[str, Mapping[str, str]],
     *,
     width: int,
 ) -> str:
-    """Return the hits as text: each query, and below it score, title and first words of each hit.
+    """Return the answers as text: under each query two columns of titles, and the best in words.
 
     Args:
         queries: Texts by query_id.
-        answers: Hits by query_id, best first.
+        retrieved: Hits by query_id, best first.
+        reranked: The same in the order of a reranker.
         documents: ``title`` and ``text`` by doc_id; ids that are missing show as themselves.
         width: Columns of the terminal.
     """
     blocks = []
     for query_id, query in queries.items():
-        hits = answers.get(query_id, ())
-        lines = [_format_hit(hit, documents.get(hit.doc_id, {}), width) for hit in hits]
-        blocks.append("\n".join([query, *lines]))
-    return "\n\n".join(blocks)
+        before, after = retrieved.get(query_id, ()), reranked.get(query_id, ())
+        lines = [
+            f"  {_cell(left, documents)}  {_cell(right, documents)}".rstrip()
+            for left, right in zip_longest(before, after)
+        ]
+        best = documents.get(after[0].doc_id, {}).get("text", "") if after else ""
+        words = textwrap.shorten(best, max(width - 2, 20), placeholder="...")
+        blocks.append("\n".join([query, *lines, *([f"  {words}"] if words else [])]))
+    head = f"  {'retrieved':{_CELL}}  reranked"
+    return "\n\n".join([head, *blocks])
 
 
-def _format_hit(hit: Hit, document: Mapping[str, str], width: int) -> str:
-    title = textwrap.shorten(document.get("title") or hit.doc_id, 28, placeholder="...")
-    head = f"  {hit.score:5.2f}  {title:28}  "
-    words = textwrap.shorten(
-        document.get("text", ""), max(width - len(head), 20), placeholder="..."
-    )
-    return (head + words).rstrip()
+def _cell(hit: Hit | None, documents: Mapping[str, Mapping[str, str]]) -> str:
+    if hit is None:
+        return " " * _CELL
+    title = documents.get(hit.doc_id, {}).get("title") or hit.doc_id
+    return f"{hit.score:5.2f}  {textwrap.shorten(title, _CELL - 7, placeholder='...'):{_CELL - 7}}"
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -102,16 +112,18 @@ def main() -> int:
     """Print the answers to the bundled questions."""
     parser = argparse.ArgumentParser(prog="python -m qbatch.quickstart.answers")
     parser.add_argument("--run", required=True, help="URI of a published run")
+    parser.add_argument("--reranked", required=True, help="URI of the same run, reranked")
     arguments = parser.parse_args()
     queries = {row["query_id"]: row["text"] for row in _read_jsonl(QUERIES)}
     documents = {row["doc_id"]: row for row in _read_jsonl(CORPUS)}
     try:
-        answers = read_answers(arguments.run)
+        retrieved, reranked = read_answers(arguments.run), read_answers(arguments.reranked)
     except QbatchError as e:
         print(f"qbatch: {e}", file=sys.stderr)  # noqa: T201 (the command's only output)
         return e.exit_code
     width = shutil.get_terminal_size().columns
-    print("\n" + format_answers(queries, answers, documents, width=width))  # noqa: T201 (likewise)
+    text = format_answers(queries, retrieved, reranked, documents, width=width)
+    print("\n" + text)  # noqa: T201 (likewise)
     return 0
 
 

@@ -54,16 +54,24 @@ def test_answers_say_when_nothing_is_published(tmp_path):
         read_answers(str(tmp_path))
 
 
-def test_answers_fit_the_terminal():
-    hits = {"q": [Hit(doc_id="a", score=0.5), Hit(doc_id="unknown", score=-0.25)]}
+def test_answers_stand_side_by_side_and_fit_the_terminal():
+    hits = [Hit(doc_id="a", score=0.5), Hit(doc_id="unknown", score=-0.25)]
     documents = {"a": {"title": "A very long title that goes on and on", "text": "word " * 99}}
-    lines = format_answers({"q": "why?", "r": "how?"}, hits, documents, width=80).splitlines()
-    assert lines[0] == "why?"
-    assert lines[1].startswith("   0.50  A very long title that")
-    assert lines[1].endswith("...")
-    assert lines[2] == "  -0.25  unknown"
-    assert lines[4] == "how?"
+    text = format_answers(
+        {"q": "why?", "r": "how?"}, {"q": hits}, {"q": [hits[1]]}, documents, width=80
+    )
+    lines = text.splitlines()
+    assert lines[2] == "why?"
+    assert [cell.strip() for cell in lines[3].split("  ") if cell.strip()] == [
+        *("0.50", "A very long title that..."),
+        *("-0.25", "unknown"),
+    ]
+    assert lines[4] == "  -0.25  unknown"
+    assert lines[6] == "how?"
     assert max(map(len, lines)) <= 80
+    swapped = format_answers({"q": "why?"}, {}, {"q": hits}, documents, width=80).splitlines()
+    assert swapped[-1].startswith("  word word")
+    assert swapped[-1].endswith("...")
 
 
 def test_judgements_name_bundled_questions_and_documents():
