@@ -124,6 +124,15 @@ def plan_pool(
         min_actors=min(fewest, most),
         max_actors=most,
         gpus_per_actor=gpus_per_actor,
-        cpus_per_actor=min(1.0, num_cpus / (2 * most)) if gpus_per_actor else num_cpus / (2 * most),
+        cpus_per_actor=_booked_cpus(num_cpus, most, has_gpus=gpus_per_actor > 0),
         threads_per_actor=max(1, num_cpus // most),
     )
+
+
+def _booked_cpus(num_cpus: int, num_actors: int, *, has_gpus: bool) -> float:
+    """Return what Ray books for an actor: half of all together, and never the last whole one.
+
+    Tasks that read and write book a whole processor; without one left they would wait for ever.
+    """
+    share = min(num_cpus / 2, num_cpus - 1) / num_actors
+    return min(1.0, share) if has_gpus else share

@@ -21,6 +21,7 @@ from tests.processes import ROOT
 @pytest.mark.parametrize(
     ("resources", "asked", "expected"),
     [
+        ({"CPU": 1}, (None, None, None), (1, 1, 0, 1)),
         ({"CPU": 2}, (None, None, None), (1, 1, 0, 2)),
         ({"CPU": 64}, (None, None, None), (1, 8, 0, 8)),
         ({"CPU": 64}, (2, 4, None), (2, 4, 0, 16)),
@@ -37,6 +38,7 @@ def test_the_pool_fits_the_cluster(monkeypatch, resources, asked, expected):
     got = (pool.min_actors, pool.max_actors, pool.gpus_per_actor, pool.threads_per_actor)
     assert got == expected
     assert pool.max_actors * pool.cpus_per_actor <= resources["CPU"] / 2
+    assert resources["CPU"] - pool.max_actors * pool.cpus_per_actor >= 1  # a reader fits beside
 
 
 ON_DECLARED_GPUS = """
