@@ -1,7 +1,8 @@
 """The precompute job: everything a search box or a "related items" row will show, as one table.
 
-queries or documents -> run -> candidates -> recommendations, each step a published table below
-``--output``, so that a killed job goes on where it stopped and every step can be looked at.
+queries or documents -> run -> candidates -> reranked -> recommendations, each step a published
+table below ``--output``, so that a killed job goes on where it stopped and every step can be looked
+at.
 """
 
 import json
@@ -18,6 +19,7 @@ from qbatch.pipelines.cluster import ray_session
 from qbatch.pipelines.precompute_candidates import CandidatesTask, make_candidates
 from qbatch.pipelines.precompute_slices import SliceTask
 from qbatch.pipelines.precompute_table import current_recommendations, publish_recommendations
+from qbatch.pipelines.rerank import RerankCandidatesConfig, rerank_candidates
 from qbatch.pipelines.search_index import (
     SearchIndexConfig,
     open_index_table,
@@ -44,7 +46,8 @@ class PrecomputeConfig:
     index: str
     """Directory of the index."""
     output: str
-    """Directory of the recommendations; the steps before lie in run/ and candidates/ below it."""
+    """Directory of the recommendations; the steps before lie in run/, candidates/ and reranked/
+    below it."""
     mode: Mode = "queries"
     """queries: a log is searched. items: every document asks, and does not find itself."""
     queries: str | None = None
@@ -52,7 +55,7 @@ class PrecomputeConfig:
     top_k: int = 10
     """Items a key."""
     candidates_k: int | None = None
-    """Documents found before any are left out; None is 5 times top_k."""
+    """Documents found before any are left out; None is 5 times top_k, or rerank_k."""
     nprobe: int | None = None
     """Inverted lists visited (ef_search of a graph); None is what the build found necessary."""
     rescore: int = 0
@@ -81,6 +84,26 @@ class PrecomputeConfig:
     """Where the index's model lies here; None is where it lay when the corpus was embedded."""
     revision: str | None = None
     """Commit of a hub id."""
+    reranker: str | None = None
+    """Directory or hub id of a reranker that puts the items in order; None keeps the search's."""
+    reranker_revision: str | None = None
+    """Commit of the reranker's hub id."""
+    rerank_k: int = 50
+    """Documents of a key that the reranker reads."""
+    rerank_instruction: str | None = None
+    """Task sentence for the reranker; None is the model card's."""
+    rerank_max_tokens: int | None = None
+    """Longest pair, prompt included, beyond which documents are cut; None is the model's limit."""
+    corpus: str | None = None
+    """Texts of the documents, in any corpus format, which the reranker reads."""
+    corpus_format: Format = "auto"
+    """How to read --corpus."""
+    corpus_id_column: str = "doc_id"
+    """Column of the document's id in --corpus."""
+    corpus_text_column: str = "text"
+    """Column of the document's text in --corpus."""
+    corpus_title_column: str | None = None
+    """Column of a title that goes before the text; None for none."""
     num_partitions: int = 64
     """Files of the table, keys shared out by hash; stays for the life of the table."""
     stall_timeout_s: float = 1800.0
@@ -93,17 +116,23 @@ class PrecomputeConfig:
     def __post_init__(self) -> None:
         _check_ranges(self)
         _check_mode(self)
+        _check_reranker(self)
 
     @property
     def selection(self) -> SelectionOptions:
         """What becomes of the documents found."""
         return SelectionOptions(
-            top_k=self.top_k,
+            top_k=self.num_selected,
             are_items=self.mode == "items",
             max_similarity=self.max_similarity,
             same=self.same,
             diversity=self.diversity,
         )
+
+    @property
+    def num_selected(self) -> int:
+        """Documents of each key that are left for the last step before the table."""
+        return self.top_k if self.reranker is None else self.rerank_k
 
     @property
     def selects(self) -> bool:
@@ -114,12 +143,12 @@ class PrecomputeConfig:
     def depth(self) -> int:
         """Documents the search finds for each key."""
         if not self.selects:
-            return self.top_k
-        return self.candidates_k or _CANDIDATES_PER_ITEM * self.top_k
+            return self.num_selected
+        return self.candidates_k or _CANDIDATES_PER_ITEM * self.num_selected
 
 
 def _check_ranges(config: PrecomputeConfig) -> None:
-    for name in ("top_k", "nprobe", "num_partitions"):
+    for name in ("top_k", "nprobe", "num_partitions", "rerank_k"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; give 1 or more")
@@ -128,10 +157,11 @@ def _check_ranges(config: PrecomputeConfig) -> None:
             f"num_partitions is {config.num_partitions}; give {_MAX_PARTITIONS} or fewer, a file "
             "should hold thousands of keys"
         )
-    if config.candidates_k is not None and config.candidates_k < config.top_k:
+    if config.candidates_k is not None and config.candidates_k < config.num_selected:
+        name = "top_k" if config.reranker is None else "rerank_k"
         raise ConfigError(
-            f"candidates_k is {config.candidates_k}, less than top_k={config.top_k}; give more "
-            "candidates than items"
+            f"candidates_k is {config.candidates_k}, less than {name}={config.num_selected}; give "
+            "more candidates than are left of them"
         )
     if not 0 <= config.diversity <= 1:
         raise ConfigError(f"diversity is {config.diversity}; give 0 (off) to 1")
@@ -160,6 +190,30 @@ def _check_mode(config: PrecomputeConfig) -> None:
             )
 
 
+def _check_reranker(config: PrecomputeConfig) -> None:
+    if config.reranker is None:
+        if config.corpus is not None:
+            raise ConfigError(
+                f"corpus is {config.corpus!r} without --reranker, which alone reads it; give both "
+                "or neither"
+            )
+        return
+    if config.corpus is None:
+        raise ConfigError(
+            f"reranker is {config.reranker!r} without --corpus; give the texts of the documents"
+        )
+    if config.rerank_k < config.top_k:
+        raise ConfigError(
+            f"rerank_k is {config.rerank_k}, less than top_k={config.top_k}; rerank at least what "
+            "is kept"
+        )
+    if config.mode == "queries" and config.vector_column is not None:
+        raise ConfigError(
+            f"vector_column is {config.vector_column!r} with --reranker, which reads the texts of "
+            "queries; leave one of them out"
+        )
+
+
 def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     """Run the job and return its summary.
 
@@ -176,7 +230,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
         return {
             "search": search_index(search),
             "num_partitions": config.num_partitions,
-            "steps": ["run", *(["candidates"] if config.selects else []), "recommendations"],
+            "steps": _steps(config),
         }
     probe(storage)
     with ray_session(stall_timeout_s=config.stall_timeout_s):
@@ -185,9 +239,11 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
         run = open_table(search.output)
         candidates = _candidates(config, index, run)
         selected_at = time.perf_counter()
+        ranked = _reranked(config, candidates)
+        reranked_at = time.perf_counter()
         task = SliceTask(
             output=config.output,
-            run=candidates,
+            run=ranked,
             source=query_source(search, index.generation),
             num_searched=run.generation.counts["searched"],
             num_partitions=config.num_partitions,
@@ -206,12 +262,18 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
         "seconds": {
             "search": round(searched_at - started, 3),
             "candidates": round(selected_at - searched_at, 3),
-            "recommendations": round(done_at - selected_at, 3),
+            "rerank": round(reranked_at - selected_at, 3),
+            "recommendations": round(done_at - reranked_at, 3),
             "total": round(done_at - started, 3),
         },
     }
     storage.write("report.json", json.dumps(summary, indent=1).encode())
     return summary
+
+
+def _steps(config: PrecomputeConfig) -> list[str]:
+    steps = {"candidates": config.selects, "reranked": config.reranker is not None}
+    return ["run", *(name for name, is_made in steps.items() if is_made), "recommendations"]
 
 
 def _check_index(config: PrecomputeConfig, index: PublishedTable) -> None:
@@ -263,3 +325,37 @@ def _candidates(
         single_writer=config.single_writer,
     )
     return open_table(output)
+
+
+def _reranked(config: PrecomputeConfig, candidates: PublishedTable) -> PublishedTable:
+    """Return the candidates in the reranker's order, when there is one."""
+    if config.reranker is None:
+        return candidates
+    reranking = reranking_config(config, candidates.storage.uri)
+    rerank_candidates(reranking)
+    return open_table(reranking.output)
+
+
+def reranking_config(config: PrecomputeConfig, run: str) -> RerankCandidatesConfig:
+    """Return the reranking of a run; in items the text of the document that asks is the query."""
+    are_items = config.mode == "items"
+    return RerankCandidatesConfig(
+        run=run,
+        queries=config.corpus if are_items else config.queries,
+        corpus=config.corpus,
+        output=f"{config.output.rstrip('/')}/reranked",
+        model=config.reranker or "",
+        revision=config.reranker_revision,
+        instruction=config.rerank_instruction,
+        max_tokens=config.rerank_max_tokens,
+        top_k=config.top_k,
+        query_id_column=config.corpus_id_column if are_items else config.id_column,
+        query_text_column=config.corpus_text_column if are_items else config.text_column,
+        queries_format=config.corpus_format if are_items else config.format,
+        doc_id_column=config.corpus_id_column,
+        text_column=config.corpus_text_column,
+        title_column=config.corpus_title_column,
+        format=config.corpus_format,
+        stall_timeout_s=config.stall_timeout_s,
+        single_writer=config.single_writer,
+    )

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,8 @@ import pytest
 from qbatch.cli import parse
 from qbatch.errors import ConfigError, IntegrityError
 from qbatch.manifest import latest_generation
+from qbatch.models.rerank_tokens import CandidateGroup
+from qbatch.models.reranker import RerankerConfig
 from qbatch.pipelines.build_index import BuildIndexConfig, build_index
 from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus
 from qbatch.pipelines.precompute import PrecomputeConfig, precompute
@@ -331,22 +334,7 @@ def test_every_query_has_a_row_and_of_a_repeated_one_the_best_list(corpus_uri, t
 
 
 def test_text_queries_are_answered(ray_cluster, tiny_model, tmp_path):
-    lines = [json.dumps({"doc_id": f"d{i}", "text": f"number {i} of many"}) for i in range(100)]
-    storage = Storage(str(tmp_path))
-    storage.write("corpus/a.jsonl", "\n".join(lines).encode())
-    asked = [json.dumps({"query_id": f"q{i}", "text": f"number {i} of"}) for i in range(20)]
-    storage.write("log.jsonl", "\n".join(asked).encode())
-    embed_corpus(
-        EmbedCorpusConfig(
-            input=f"{tmp_path}/corpus",
-            output=f"{tmp_path}/vectors",
-            model=tiny_model,
-            dtype="float32",
-        )
-    )
-    build_index(
-        BuildIndexConfig(vectors=f"{tmp_path}/vectors", output=f"{tmp_path}/index", num_probes=20)
-    )
+    texts_uri(tmp_path, tiny_model)
     config = PrecomputeConfig(
         index=f"{tmp_path}/index",
         queries=f"{tmp_path}/log.jsonl",
@@ -360,9 +348,66 @@ def test_text_queries_are_answered(ray_cluster, tiny_model, tmp_path):
     queries = open_vectors(f"{config.output}/run/query-vectors").to_table(["doc_id", "vector"])
     corpus = open_vectors(f"{tmp_path}/vectors").to_table(["doc_id", "vector"])
     scores = vector_matrix(queries["vector"]) @ vector_matrix(corpus["vector"]).T
-    assert len(found) == 20
+    assert len(found) == 10
     for key, row in zip(queries["doc_id"].to_pylist(), scores, strict=True):
         np.testing.assert_allclose([s for _, s in found[key]], np.sort(row)[::-1][:3], atol=1e-5)
+
+
+def texts_uri(tmp_path, tiny_model) -> str:
+    """A hundred short texts, their vectors and index, and ten queries."""
+    storage = Storage(str(tmp_path))
+    rows = [{"doc_id": f"d{i}", "text": f"number {i} of many"} for i in range(100)]
+    asked = [{"query_id": f"q{i}", "text": f"{i} of many number"} for i in range(10)]
+    for name, lines in (("corpus/a.jsonl", rows), ("log.jsonl", asked)):
+        storage.write(name, "\n".join(map(json.dumps, lines)).encode())
+    vectors = EmbedCorpusConfig(
+        input=f"{tmp_path}/corpus", output=f"{tmp_path}/vectors", model=tiny_model, dtype="float32"
+    )
+    embed_corpus(vectors)
+    build_index(
+        BuildIndexConfig(vectors=vectors.output, output=f"{tmp_path}/index", num_probes=20)
+    )
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["queries", "items"])
+def test_a_reranker_puts_the_candidates_in_order(
+    ray_cluster, mode, tmp_path, tiny_model, tiny_reranker
+):
+    uri = texts_uri(tmp_path, tiny_model)
+    config = PrecomputeConfig(
+        index=f"{uri}/index",
+        mode=mode,
+        queries=f"{uri}/log.jsonl" if mode == "queries" else None,
+        output=f"{uri}/answers",
+        top_k=3,
+        reranker=tiny_reranker,
+        rerank_k=8,
+        corpus=f"{uri}/corpus",
+        num_partitions=PARTITIONS,
+    )
+    made = ["candidates"] if mode == "items" else []
+    steps = ["run", *made, "reranked", "recommendations"]
+    assert precompute(replace(config, dry_run=True))["steps"] == steps
+    precompute(config)
+    texts = {f"d{i}": f"number {i} of many" for i in range(100)}
+    asks = {f"q{i}": f"{i} of many number" for i in range(10)} if mode == "queries" else texts
+    found = stored(config.output)
+    assert found.keys() == asks.keys()
+    retrieved = open_table(f"{config.output}/{(made or ['run'])[0]}").to_table()
+    candidates: dict[str, list[str]] = {}
+    for row in retrieved.to_pylist():
+        candidates.setdefault(row["query_id"], []).append(row["doc_id"])
+    reranker = RerankerConfig(model_path=Path(tiny_reranker), dtype="float32").build()
+    for key in list(asks)[:10]:
+        assert len(candidates[key]) == 8
+        assert key not in candidates[key]
+        documents = [texts[d] for d in candidates[key]]
+        (log_odds,) = reranker.score([CandidateGroup(query=asks[key], documents=documents)])
+        best = np.sort(1 / (1 + np.exp(-log_odds)))[::-1][:3]
+        np.testing.assert_allclose([score for _, score in found[key]], best, atol=1e-4)
+    again = precompute(config)
+    assert (again["changed_keys"], again["removed_keys"]) == (0, 0)
 
 
 def test_a_dry_run_plans_and_writes_nothing(config):
@@ -390,6 +435,9 @@ def test_the_example_config_is_a_config():
         ({"num_partitions": 0}, "num_partitions is 0; give 1 or more"),
         ({"num_partitions": 10**6}, "num_partitions is 1000000; give 65536 or fewer"),
         ({"filter": "x +"}, "cannot read --filter"),
+        ({"reranker": "m"}, "reranker is 'm' without --corpus"),
+        ({"corpus": "c"}, "corpus is 'c' without --reranker"),
+        ({"reranker": "m", "corpus": "c", "rerank_k": 4}, "rerank_k is 4, less than top_k=5"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message):
