@@ -364,9 +364,7 @@ def texts_uri(tmp_path, tiny_model) -> str:
         input=f"{tmp_path}/corpus", output=f"{tmp_path}/vectors", model=tiny_model, dtype="float32"
     )
     embed_corpus(vectors)
-    build_index(
-        BuildIndexConfig(vectors=vectors.output, output=f"{tmp_path}/index", num_probes=20)
-    )
+    build_index(BuildIndexConfig(vectors=vectors.output, output=f"{tmp_path}/index", num_probes=20))
     return str(tmp_path)
 
 
