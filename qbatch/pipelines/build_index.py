@@ -56,6 +56,8 @@ class BuildIndexConfig:
 
     vectors: str
     """Directory of the vectors table."""
+    vectors_generation: int | None = None
+    """Which generation of the vectors is indexed; None is the newest."""
     output: str
     """Directory of the index."""
     factory: str = "auto"
@@ -99,7 +101,7 @@ def build_index(config: BuildIndexConfig) -> dict[str, Any]:
         QbatchError: Each subclass ends the job with its own exit code; see qbatch.errors.
     """
     started = time.perf_counter()
-    table = open_vectors(config.vectors)
+    table = open_vectors(config.vectors, config.vectors_generation)
     storage = Storage(config.output, single_writer=config.single_writer)
     if not config.dry_run:
         probe(storage)

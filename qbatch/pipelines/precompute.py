@@ -45,6 +45,8 @@ class PrecomputeConfig:
 
     index: str
     """Directory of the index."""
+    index_generation: int | None = None
+    """Which generation of the index is searched; None is the newest."""
     output: str
     """Directory of the recommendations; the steps before lie in run/, candidates/ and reranked/
     below it."""
@@ -221,7 +223,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
         QbatchError: Each subclass ends the job with its own exit code; see qbatch.errors.
     """
     started = time.perf_counter()
-    index = open_index_table(config.index)
+    index = open_index_table(config.index, config.index_generation)
     _check_index(config, index)
     storage = Storage(config.output, single_writer=config.single_writer)
     current_recommendations(storage, config.num_partitions)
@@ -236,7 +238,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     with ray_session(stall_timeout_s=config.stall_timeout_s):
         searched = search_index(search)
         searched_at = time.perf_counter()
-        run = open_table(search.output)
+        run = open_table(search.output, searched["generation"])
         candidates = _candidates(config, index, run)
         selected_at = time.perf_counter()
         ranked = _reranked(config, candidates)
@@ -299,6 +301,7 @@ def search_config(config: PrecomputeConfig, index: PublishedTable) -> SearchInde
     more = ("revision", "nprobe", "rescore", "filter", "tombstones", "stall_timeout_s")
     return SearchIndexConfig(
         index=config.index,
+        index_generation=index.generation.number,
         queries=vectors["uri"] if are_items else config.queries or "",
         queries_generation=vectors["generation"] if are_items else None,
         output=f"{config.output.rstrip('/')}/run",
@@ -318,13 +321,13 @@ def _candidates(
     if not config.selects:
         return run
     output = f"{config.output.rstrip('/')}/candidates"
-    make_candidates(
+    published = make_candidates(
         CandidatesTask.of(run, index, config.selection, output),
         asdict(config),
         stall_timeout_s=config.stall_timeout_s,
         single_writer=config.single_writer,
     )
-    return open_table(output)
+    return open_table(output, published.number)
 
 
 def _reranked(config: PrecomputeConfig, candidates: PublishedTable) -> PublishedTable:
@@ -332,8 +335,8 @@ def _reranked(config: PrecomputeConfig, candidates: PublishedTable) -> Published
     if config.reranker is None:
         return candidates
     reranking = reranking_config(config, candidates.storage.uri)
-    rerank_candidates(reranking)
-    return open_table(reranking.output)
+    reranked = rerank_candidates(reranking)
+    return open_table(reranking.output, reranked["generation"])
 
 
 def reranking_config(config: PrecomputeConfig, run: str) -> RerankCandidatesConfig:

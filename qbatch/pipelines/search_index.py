@@ -57,6 +57,8 @@ class SearchIndexConfig:
 
     index: str
     """Directory of the index."""
+    index_generation: int | None = None
+    """Which generation of the index is searched; None is the newest."""
     queries: str
     """Texts (any corpus format), Parquet with vectors, or a published vectors table."""
     queries_generation: int | None = None
@@ -114,7 +116,7 @@ def search_index(config: SearchIndexConfig) -> dict[str, Any]:
         QbatchError: Each subclass ends the job with its own exit code; see qbatch.errors.
     """
     started = time.perf_counter()
-    index = open_index_table(config.index)
+    index = open_index_table(config.index, config.index_generation)
     _check_filter(config, index.generation)
     storage = Storage(config.output, single_writer=config.single_writer)
     if not config.dry_run:
@@ -155,14 +157,14 @@ def search_index(config: SearchIndexConfig) -> dict[str, Any]:
     return summary
 
 
-def open_index_table(uri: str) -> PublishedTable:
-    """Open a published index at its newest generation.
+def open_index_table(uri: str, generation: int | None = None) -> PublishedTable:
+    """Open a published index at its newest generation, or at a given one.
 
     Raises:
         NoInputError: Nothing is published there.
         ConfigError: What is published there is no index.
     """
-    table = open_table(uri)
+    table = open_table(uri, generation)
     if table.generation.kind != "index":
         raise ConfigError(
             f"{uri} holds {table.generation.kind}, not an index; give the --output of "

@@ -18,6 +18,7 @@ from qbatch.pipelines.build_index import BuildIndexConfig, build_index
 from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus
 from qbatch.pipelines.precompute import PrecomputeConfig, precompute
 from qbatch.pipelines.precompute_slices import partitions_of
+from qbatch.pipelines.search_index import SearchIndexConfig, search_index
 from qbatch.quickstart.answers import read_related
 from qbatch.schema import LOCATED_RUN, RECOMMENDATION_CHANGES, RECOMMENDATIONS, vector_matrix
 from qbatch.storage import Storage
@@ -225,6 +226,48 @@ def test_a_night_with_one_percent_of_change_lists_only_the_affected_keys(tmp_pat
     again = precompute(config)
     assert (again["generation"], again["changed_keys"], again["removed_keys"]) == (2, 0, 0)
     assert read_delta(config.output) == (put, deleted)
+
+
+def test_a_chain_of_jobs_stays_with_the_generations_it_began_with(tmp_path):
+    """Between any two jobs of the chain another writer publishes."""
+    write_corpus(str(tmp_path), VECTORS, DOC_IDS)
+    others = clustered(200, DIM, seed=4)
+    other_ids = [f"n{i}" for i in range(200)]
+    kept = {"category": CATEGORIES[:200], "content_hash": content_hashes(others)}
+    write_vectors(f"{tmp_path}/vectors", split_files(rows_table(others, other_ids, kept), 2))
+    index = BuildIndexConfig(
+        vectors=f"{tmp_path}/vectors",
+        output=f"{tmp_path}/index",
+        factory="Flat",
+        num_probes=20,
+    )
+    pinned = build_index(replace(index, vectors_generation=1, num_shards=1))
+    assert pinned["ntotal"] == ROWS
+    details = open_table(index.output, pinned["generation"]).generation.details
+    assert details["vectors"]["generation"] == 1
+    assert build_index(index)["ntotal"] == 200
+
+    write_vectors(f"{tmp_path}/queries", {"q": rows_table(VECTORS[:50], DOC_IDS[:50])})
+    search = SearchIndexConfig(
+        index=index.output,
+        index_generation=pinned["generation"],
+        queries=f"{tmp_path}/queries",
+        output=f"{tmp_path}/run",
+        top_k=1,
+    )
+    search_index(search)
+    assert found_first(search.output) <= set(DOC_IDS)
+    search_index(replace(search, index_generation=None))
+    assert found_first(search.output) <= set(other_ids)
+
+    config = items_config(str(tmp_path), f"{tmp_path}/related")
+    precompute(replace(config, index_generation=pinned["generation"]))
+    assert_related(config.output)
+    assert precompute(config)["keys"] == 200
+
+
+def found_first(uri: str) -> set[str]:
+    return set(open_table(uri).to_table(["doc_id"])["doc_id"].to_pylist())
 
 
 def alike(left, right) -> bool:
