@@ -145,7 +145,7 @@ def _places_in(storage: Storage, entry: Mapping[str, Any], number: int) -> np.nd
     try:
         with storage.open(entry["path"]) as stream:
             table = pq.read_table(stream, columns=_HASH_COLUMNS)
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowInvalid) as error:  # Parquet's errors of a damaged file are both
         log.warning("%s: %s; its documents are embedded again", entry["path"], error)
         return np.empty(0, _PLACE)
     firsts = np.flatnonzero(table["passage_index"].to_numpy() == 0)

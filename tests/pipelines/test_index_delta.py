@@ -6,8 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from qbatch.errors import QualityGateError
-from qbatch.manifest import latest_generation
+from qbatch.manifest import load_generation
 from qbatch.pipelines.build_index import BuildIndexConfig, build_index
 from qbatch.pipelines.precompute import PrecomputeConfig, precompute
 from qbatch.pipelines.search_index import SearchIndexConfig, search_index
@@ -194,24 +193,33 @@ def test_unknown_vectors_build_shards_anew(config, corpus):
     assert summary["shards_made"] > 1
 
 
-def test_lists_that_no_longer_fit_are_trained_again(config, corpus):
-    config = replace(config, factory="IVF64,PQ2x4", target_recall=0.3)
-    build_index(config)
-    trained = latest_generation(Storage(config.output)).details["training"]["template"]
-    moved = clustered(NUM_FILES * ROWS_PER_FILE, DIM, clusters=3, seed=77)
-    for i, name in enumerate(list(corpus.files)):
-        corpus.files[name] = [
-            (doc_id, moved[i * ROWS_PER_FILE + j], lang)
-            for j, (doc_id, _, lang) in enumerate(corpus.files[name])
-        ]
-    corpus.publish()
-    try:
-        build_index(replace(config, max_delta_share=0.99, target_recall=0.9))
-    except QualityGateError:
-        pass
-    else:
-        now = latest_generation(Storage(config.output)).details["training"]["template"]
-        assert now != trained
+def test_a_template_that_no_longer_fits_is_trained_again(config, corpus):
+    """Vectors of eight directions, then of eight others: one-byte codes know only what they saw."""
+    axes = np.eye(DIM, dtype=np.float32)
+
+    def fill(first: int) -> None:
+        for i, name in enumerate(list(corpus.files)):
+            noise = 0.2 * corpus.rng.standard_normal((ROWS_PER_FILE, DIM)).astype(np.float32)
+            near = axes[first + np.arange(ROWS_PER_FILE) % 8] + noise * axes[first : first + 8].sum(
+                0
+            )
+            unit = near / np.linalg.norm(near, axis=1, keepdims=True)
+            ids = [f"{i}-{j}" for j in range(ROWS_PER_FILE)]
+            corpus.files[name] = [(d, vector, "en") for d, vector in zip(ids, unit, strict=True)]
+        corpus.publish()
+
+    config = replace(config, factory="IVF8,PQ8x8", target_recall=0.5)
+    fill(0)
+    first = build_index(config)
+    fill(8)
+    second = build_index(config)
+    trained = [
+        load_generation(Storage(config.output), number).details["training"]["template"]
+        for number in (first["generation"], second["generation"])
+    ]
+    assert trained[0] != trained[1]
+    assert second["recall"]["10"] >= 0.5
+    assert second["num_shards"] == second["shards_made"] == 4
 
 
 def test_related_documents_after_nights_are_those_of_a_fresh_index(config, corpus, tmp_path):
