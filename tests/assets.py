@@ -20,6 +20,21 @@ def qwen3_tokenizer() -> Path:
     return _require("qwen3-tokenizer")
 
 
+def smollm2() -> Path:
+    """Return the model folder of SmolLM2-135M-Instruct."""
+    return _require("smollm2")
+
+
+def qwen25_coder() -> Path:
+    """Return the model folder of Qwen2.5-Coder-0.5B-Instruct."""
+    return _require("qwen2.5-coder")
+
+
+def perlfaq() -> Path:
+    """Return the JSONL file of questions about Perl with their answers."""
+    return _require("perlfaq")
+
+
 def debian_descriptions() -> Path:
     """Return the JSONL file of Debian package descriptions."""
     return _require("debian-descriptions")

@@ -18,6 +18,10 @@ from qbatch.index.device import MAX_GPU_DEPTH, has_gpu, honours_selectors, is_on
 from qbatch.index.factory import inner_index, search_parameters
 from qbatch.index.neighbours import Neighbours, search_lists
 
+_MOST_ROWS = 0.5
+"""Where more rows than this may be found, the others are dropped after the search: a selector is
+asked for every row that is looked at, and lists can then not be assigned for all shards at once."""
+
 _DEEPER = 4
 """Queries left short are searched for this many times as many rows."""
 
@@ -92,6 +96,7 @@ class ShardSearcher:
         self._index = to_gpu(index)
         self._metric = metric
         self._allowed = allowed
+        self._drops_late = allowed is not None and allowed.mean() > _MOST_ROWS
         self._rescorer = rescorer
         self.ids = ids
         encoded = pc.dictionary_encode(ids["doc_id"]).combine_chunks()
@@ -161,7 +166,7 @@ class ShardSearcher:
         num_rows, wanted = len(self.ids), depth + excludes_own
         if self._has_passages:
             wanted = int(wanted * num_rows / len(self._documents) * 1.5) + 1
-        if self._allowed is not None and not honours_selectors(self._index):
+        if self._allowed is not None and not self._selects(self._index):
             wanted = int(wanted * num_rows / max(self._allowed.sum(), 1) * 1.5) + 1
         return max(1, min(wanted, num_rows))
 
@@ -178,7 +183,7 @@ class ShardSearcher:
         if is_on_gpu(index) and max(fetch, effort) > MAX_GPU_DEPTH:
             index = self._cpu_index
         selector = None
-        if self._allowed is not None and honours_selectors(index):
+        if self._allowed is not None and self._selects(index):
             bits = np.packbits(self._allowed, bitorder="little")
             selector = faiss.IDSelectorBitmap(bits)  # type: ignore[call-arg, arg-type]  # stubs are C++
         chosen = queries if len(waiting) == len(queries) else queries[waiting]
@@ -189,6 +194,10 @@ class ShardSearcher:
             parameters = search_parameters(index, effort, selector)
             distances, rows = index.search(chosen, fetch, params=parameters)
         return Neighbours.of(distances, rows, self._metric)
+
+    def _selects(self, index: faiss.Index) -> bool:
+        """Tell whether FAISS leaves out what may not be found."""
+        return honours_selectors(index) and not self._drops_late
 
     def _keep(self, found: Neighbours, own: np.ndarray | None, depth: int) -> Neighbours:
         """Return the first ``depth`` rows of each list that count."""

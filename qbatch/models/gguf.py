@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 
-def convert_gguf(file: Path, folder: Path) -> None:
-    """Write weights (float32), configuration and tokenizer of a causal language model.
+def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write weights, configuration and tokenizer of a causal language model.
 
     transformers restores the quantised weights and refuses to save a model it has restored, so a
     new one of the same configuration takes them over. Needs the packages ``gguf`` and
@@ -17,6 +17,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     Args:
         file: A GGUF file of an architecture that transformers knows.
         folder: Where the model directory is written.
+        dtype: Of the weights written; bfloat16 halves them and is finer than what they came from.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers'
     folder_of, name = str(file.parent), file.name
@@ -24,5 +25,5 @@ def convert_gguf(file: Path, folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder_of, gguf_file=name)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]  # transformers'
     model.load_state_dict(restored.state_dict())
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(folder_of, gguf_file=name).save_pretrained(folder)

