@@ -57,6 +57,13 @@ class PackLayout:
     max_length: int
     shared: SharedKeys | None
     """None where every segment is a whole text."""
+    wanted: torch.Tensor | None = None
+    """int64: the tokens whose states the last layer has to return; None is all."""
+
+    @property
+    def last_tokens(self) -> torch.Tensor:
+        """Return the place of each segment's last token in the pack: int64, (segments,)."""
+        return self.cu_lengths[1:].long() - 1
 
     @classmethod
     def from_lengths(

@@ -1,0 +1,76 @@
+"""The last layer is computed for the tokens that are pooled, where that changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
+
+from qbatch.models.backbone import Backbone
+
+LENGTHS = np.array([9, 5, 5, 2])
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+def build(config_type: type, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModel.from_config(config_type(**SIZES, use_cache=False), dtype=dtype).eval()
+
+
+def tokens_of_last_mlp(model: torch.nn.Module) -> list[int]:
+    """Return a list that will hold how many tokens each later call of the last MLP gets."""
+    seen: list[int] = []
+    mlp = model.layers[-1].mlp
+    mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    return seen
+
+
+def pack() -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    ids = torch.arange(int(LENGTHS.sum())) % 50
+    return ids, torch.cat([torch.arange(n) for n in LENGTHS]), LENGTHS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config_type", [Qwen3Config, Qwen2Config, LlamaConfig])
+@torch.inference_mode()
+def test_pooling_needs_the_last_feed_forward_of_one_token_a_text(config_type, dtype):
+    model = build(config_type, dtype)
+    backbone = Backbone(model, "last")
+    seen = tokens_of_last_mlp(model)
+    pooled = backbone.pool(*pack())
+    states, layout = backbone.states(*pack())
+    assert seen == [len(LENGTHS), LENGTHS.sum()]
+    expected = states[layout.last_tokens].float()
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(pooled, expected, atol=tolerance, rtol=tolerance)
+
+
+@torch.inference_mode()
+def test_segments_that_continue_others_end_early_too():
+    backbone = Backbone(build(Qwen3Config), "last")
+    ids, positions, _ = pack()
+    parents = np.array([-1, 0, 0, 1])
+    positions = torch.cat(
+        [torch.arange(9), torch.arange(9, 14), torch.arange(9, 14), torch.arange(14, 16)]
+    )
+    pooled = backbone.pool(ids, positions, LENGTHS, parents=parents)
+    states, layout = backbone.states(ids, positions, LENGTHS, parents=parents)
+    torch.testing.assert_close(pooled, states[layout.last_tokens], atol=1e-6, rtol=1e-6)
+
+
+@torch.inference_mode()
+def test_layers_of_another_shape_are_computed_whole():
+    """Gemma 2 normalises after each part as well: our short form would be wrong."""
+    model = build(Gemma2Config)
+    backbone = Backbone(model, "last")
+    seen = tokens_of_last_mlp(model)
+    pooled = backbone.pool(*pack())
+    assert all(count > len(LENGTHS) for count in seen)
+    assert torch.isfinite(pooled).all()
