@@ -82,6 +82,12 @@ def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
     return [*spec.get("initContainers", []), *spec.get("containers", [])]
 
 
+def pod_users(documents: list[Document]) -> set[tuple[int, int]]:
+    """Return the users and groups that pods run as."""
+    contexts = [pod["spec"]["securityContext"] for _, pod in pods(documents)]
+    return {(context["runAsUser"], context["runAsGroup"]) for context in contexts}
+
+
 def all_containers(documents: list[Document]) -> Iterator[Part]:
     """Yield every container, the autoscaler's options included."""
     for place, pod in pods(documents):
