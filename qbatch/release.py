@@ -168,7 +168,7 @@ def publish_release(
             "withdrawn": [_as_details(refs) for refs in withdrawn or []],
         },
     )
-    return Release(storage, publish_change(storage, draft, current and current.generation))
+    return Release(storage, publish_change(storage, draft, current.generation if current else None))
 
 
 def _as_details(tables: Mapping[str, TableRef]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class Storage:
         """
         base = self._absolute(prefix).rstrip("/")
         with _named_errors("list", self.object_uri(prefix)):
-            for absolute, *facts in self._backend.iter_objects(base):
+            for absolute, facts in self._backend.iter_objects(base):
                 path = absolute[len(self.root.rstrip("/")) + 1 :]
                 yield ObjectInfo(self.object_uri(path), path, *facts)
 
@@ -289,7 +289,7 @@ class _Backend(Protocol):
     def exists(self, path: str) -> bool: ...
     def delete(self, path: str) -> None: ...
     def delete_all(self, paths: Sequence[str]) -> None: ...
-    def iter_objects(self, base: str) -> Iterator[tuple[str, int, str, float | None]]: ...
+    def iter_objects(self, base: str) -> Iterator[tuple[str, _Facts]]: ...
 
 
 class _LocalBackend:
@@ -353,7 +353,7 @@ class _LocalBackend:
         for path in paths:
             self.delete(path)
 
-    def iter_objects(self, base: str) -> Iterator[tuple[str, int, str, float | None]]:
+    def iter_objects(self, base: str) -> Iterator[tuple[str, _Facts]]:
         if not os.path.isdir(base):
             return
         with os.scandir(base) as scan:
@@ -364,7 +364,8 @@ class _LocalBackend:
                 yield from self.iter_objects(entry.path)
             elif not entry.name.endswith(".tmp") or not entry.name.startswith("."):
                 status = entry.stat()
-                yield entry.path, status.st_size, str(status.st_mtime_ns), status.st_mtime
+                facts = status.st_size, str(status.st_mtime_ns), status.st_mtime
+                yield entry.path, facts
 
 
 def _sync_directory(path: str) -> None:
@@ -443,14 +444,14 @@ class _FsspecBackend:
         if failed := answer.get("Errors"):
             raise OSError(f"{len(failed)} of {len(keys)} were refused, the first: {failed[0]}")
 
-    def iter_objects(self, base: str) -> Iterator[tuple[str, int, str, float | None]]:
+    def iter_objects(self, base: str) -> Iterator[tuple[str, _Facts]]:
         if self._scheme == "s3":
             yield from self._iter_s3_pages(base)
             return
         for path, entry in sorted(self._fs.find(base, detail=True).items()):
-            yield path, int(entry["size"]), _entry_version(entry), _entry_modified(entry)
+            yield path, (int(entry["size"]), _entry_version(entry), _entry_modified(entry))
 
-    def _iter_s3_pages(self, base: str) -> Iterator[tuple[str, int, str, float | None]]:
+    def _iter_s3_pages(self, base: str) -> Iterator[tuple[str, _Facts]]:
         # s3fs.find would hold the whole listing; pages keep a million objects flat in memory.
         bucket, _, prefix = base.partition("/")
         request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
@@ -459,7 +460,7 @@ class _FsspecBackend:
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):
                     facts = int(entry["Size"]), entry["ETag"].strip('"'), _entry_modified(entry)
-                    yield f"{bucket}/{entry['Key']}", *facts
+                    yield f"{bucket}/{entry['Key']}", facts
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
