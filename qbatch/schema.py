@@ -93,9 +93,13 @@ PARTS = pa.schema(
     [
         pa.field("name", pa.large_string(), nullable=False),  # stays when the content changes
         *(field for field in FILES),
+        pa.field("selected", pa.list_(pa.int32())),  # null: all rows of the file
     ]
 )
-"""Vectors files with the names by which they keep their place in an index."""
+"""Vectors files with the names by which they keep their place in an index.
+
+Where only some rows of a file are meant, ``rows`` is their number.
+"""
 
 SHARDS = pa.schema(
     [
@@ -108,6 +112,8 @@ SHARDS = pa.schema(
         pa.field("probes", pa.struct(list(FILES)), nullable=False),
         pa.field("facts", pa.string(), nullable=False),  # JSON, see index.building
         pa.field("parts", pa.list_(pa.struct(list(PARTS))), nullable=False),  # in row order
+        pa.field("dead", pa.list_(pa.int32()), nullable=False),  # rows that are no longer found
+        pa.field("delta", pa.bool_(), nullable=False),  # rows that came after the others were built
     ]
 )
 """The plan of an index generation: what each shard holds, and where its files are."""

@@ -1,5 +1,6 @@
 """Published vectors tables of known vectors, as the embed job lays them out, without a model."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -47,10 +48,15 @@ def rows_table(
             "doc_id": pa.array(doc_ids, pa.large_string()),
             "passage_id": pa.array([f"{d}#{i}" for i, d in enumerate(doc_ids)], pa.large_string()),
             "passage_index": passage_indexes(doc_ids),
+            "content_hash": pa.array([blake2b(v.tobytes()) for v in vectors], pa.binary(16)),
             "vector": vector_array(vectors),
             **(kept or {}),
         }
     )
+
+
+def blake2b(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def passage_indexes(doc_ids: Sequence[str]) -> pa.Array:
@@ -86,7 +92,7 @@ def write_vectors(
     plan["path"] = f"plans/{plan['sha256'][:32]}.parquet"
     storage.write(plan["path"], memoryview(sink.getvalue()))
     first = next(iter(files.values()))
-    base = {"doc_id", "passage_id", "passage_index", "vector"}
+    base = {"doc_id", "passage_id", "passage_index", "content_hash", "vector"}
     draft = Generation(
         kind="vectors",
         fingerprint=fingerprint or FINGERPRINT | {"dims": [first["vector"].type.list_size]},

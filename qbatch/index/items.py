@@ -1,15 +1,27 @@
 """What is known of every indexed passage, by its row: for choosing among what a search found."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qbatch.errors import ConfigError
 from qbatch.index.columns import VectorColumn
 from qbatch.index.rescoring import StoredVectors
 
 CONTENT_HASH = "content_hash"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ItemRows:
+    """What is known of the rows of one vectors file, in the codes of an ItemTable."""
+
+    hashes: np.ndarray
+    """uint64, (rows, 2): equal where the texts are."""
+    groups: np.ndarray
+    """int32, (rows,), or empty without groups; -1 where the group is null or unknown."""
 
 
 class ItemTable:
@@ -46,8 +58,12 @@ class ItemTable:
             self._vectors = StoredVectors(matrices, rows=rows, dim=column.dim)
         self.hashes = np.concatenate([np.empty((0, 2), np.uint64), *self._hashes])
         """uint64, (rows, 2): equal where the texts are."""
-        self.groups = _codes(self._groups) if group_column else np.empty(0, np.int32)
+        self.groups = np.empty(0, np.int32)
         """int32, (rows,): equal where the group column is, -1 where it is null."""
+        self._group_column = group_column
+        self._group_values = pa.array([], pa.large_string())
+        if group_column:
+            self.groups, self._group_values = _codes(self._groups)
 
     def _watch(self, tables: Iterable[pa.Table], group_column: str | None) -> Iterator[pa.Table]:
         for table in tables:
@@ -55,6 +71,15 @@ class ItemTable:
             if group_column is not None:
                 self._groups.append(_encoded(table[group_column], group_column))
             yield table
+
+    def rows_of(self, table: pa.Table) -> ItemRows:
+        """Return the hashes and groups of other rows, with the columns of ``needed_columns``."""
+        groups = np.empty(0, np.int32)
+        if self._group_column is not None:
+            own = _encoded(table[self._group_column], self._group_column)
+            codes = pc.index_in(own.dictionary_decode(), self._group_values)
+            groups = codes.fill_null(-1).to_numpy()
+        return ItemRows(hashes=_hash_words(table[CONTENT_HASH].combine_chunks()), groups=groups)
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors of rows: float32, of the rows' shape and (dim,)."""
@@ -87,7 +112,8 @@ def _encoded(column: pa.ChunkedArray, name: str) -> pa.DictionaryArray:
         ) from error
 
 
-def _codes(parts: list[pa.DictionaryArray]) -> np.ndarray:
+def _codes(parts: list[pa.DictionaryArray]) -> tuple[np.ndarray, pa.Array]:
+    """Return the number of each value, -1 for null, and the values."""
     unified = pa.chunked_array(parts).unify_dictionaries()
     codes = [chunk.indices.fill_null(-1).to_numpy() for chunk in unified.chunks]
-    return np.concatenate(codes).astype(np.int32)
+    return np.concatenate(codes).astype(np.int32), unified.chunk(0).dictionary

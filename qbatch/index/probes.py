@@ -5,6 +5,7 @@ did not change need not be searched again. A probe taken from the corpus does no
 of its own document are left out of the truth and of what is found.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,22 @@ class ProbeResults:
         """Return what was found with an effort, or with the most that was tried."""
         tried = [step for step in self.found if step <= effort]
         return self.found[max(tried, default=min(self.found))]
+
+    def without(self, rows: Sequence[int]) -> "ProbeResults":
+        """Return the same results as if some rows of the shard were not there.
+
+        Lists that lose places end earlier: EXACT_DEPTH leaves room for some.
+        """
+        gone = np.asarray(rows, np.int64)
+
+        def forget(found: Neighbours) -> Neighbours:
+            return found.without(np.isin(found.rows, gone))
+
+        return ProbeResults(
+            exact=forget(self.exact),
+            found={effort: forget(found) for effort, found in self.found.items()},
+            seconds=self.seconds,
+        )
 
     def to_table(self) -> pa.Table:
         """Return columns ``effort``, ``seconds``, ``rows``, ``scores``: a row for each list."""

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qbatch.index.diversity import diversify
-from qbatch.index.items import ItemTable
+from qbatch.index.items import ItemRows, ItemTable
 from qbatch.schema import RUN
 
 _GATHER_BYTES = 64 * 2**20
@@ -32,7 +32,11 @@ class SelectionOptions:
 
 
 def select_candidates(
-    run: pa.Table, items: ItemTable | None, options: SelectionOptions, *, first_row: int = 0
+    run: pa.Table,
+    items: ItemTable | None,
+    options: SelectionOptions,
+    *,
+    asking: ItemRows | None = None,
 ) -> pa.Table:
     """Return the candidates of every query, ranked anew; scores stay those of the search.
 
@@ -40,14 +44,14 @@ def select_candidates(
         run: schema.LOCATED_RUN, the rows of a query together and in rank order.
         items: All rows of the index; None when ``options`` need none.
         options: What to leave out, and how much to vary.
-        first_row: With items as queries: the row of the index where the file of queries begins.
+        asking: With items as queries: the rows of the file of queries.
 
     Returns:
         schema.RUN. A query that is left without candidates has no rows.
     """
     run = run.combine_chunks()
     query = np.cumsum(run["rank"].to_numpy() == 1) - 1
-    kept = np.flatnonzero(_allowed(run, items, options, first_row))
+    kept = np.flatnonzero(_allowed(run, items, options, asking))
     if options.are_items and items is not None:
         place = pc.rank(run["doc_id"], tiebreaker="dense").to_numpy()[kept]
         hashes = items.hashes[run["row"].to_numpy()[kept]]
@@ -65,17 +69,20 @@ def select_candidates(
 
 
 def _allowed(
-    run: pa.Table, items: ItemTable | None, options: SelectionOptions, first_row: int
+    run: pa.Table,
+    items: ItemTable | None,
+    options: SelectionOptions,
+    asking: ItemRows | None,
 ) -> np.ndarray:
     is_kept = np.ones(len(run), bool)
     if options.max_similarity is not None:
         is_kept &= run["score"].to_numpy() <= np.float32(options.max_similarity)
-    if options.are_items and items is not None:
-        rows, own = run["row"].to_numpy(), run["query_row"].to_numpy() + first_row
-        is_kept &= (items.hashes[rows] != items.hashes[own]).any(axis=1)
+    if items is not None and asking is not None:
+        rows, own = run["row"].to_numpy(), run["query_row"].to_numpy()
+        is_kept &= (items.hashes[rows] != asking.hashes[own]).any(axis=1)
         if options.same is not None:
             groups = items.groups[rows]
-            is_kept &= (groups == items.groups[own]) & (groups >= 0)
+            is_kept &= (groups == asking.groups[own]) & (groups >= 0)
     return is_kept
 
 

@@ -19,6 +19,7 @@ from qbatch.index.columns import VectorColumn
 from qbatch.index.device import has_gpu_kernels
 from qbatch.index.factory import effort_name
 from qbatch.index.memory import MemoryPlan
+from qbatch.index.recall import TUNED_DEPTH
 from qbatch.index.training import check_trainable
 from qbatch.manifest import (
     Generation,
@@ -27,7 +28,14 @@ from qbatch.manifest import (
     read_verified,
 )
 from qbatch.pipelines.cluster import ray_session
-from qbatch.pipelines.index_parts import ShardPlan, assign_shards, list_parts
+from qbatch.pipelines.index_changes import find_changes
+from qbatch.pipelines.index_parts import (
+    ShardPlan,
+    assign_shards,
+    changed_shards,
+    list_parts,
+    planned_shard,
+)
 from qbatch.pipelines.index_recall import Measured, measure, row_bases
 from qbatch.pipelines.index_resources import (
     Node,
@@ -78,6 +86,9 @@ class BuildIndexConfig:
     """Of the sample and the clustering."""
     retrain: bool = False
     """Train again although the last generation's template fits."""
+    max_delta_share: float = 0.0
+    """Share of the rows up to which changed ones lie in shards of their own, and old ones are
+    skipped; above it the shards of changed files are built anew. 0 always builds them anew."""
     stall_timeout_s: float = 7200.0
     """Seconds without a finished shard after which the job ends with code 6."""
     single_writer: bool = False
@@ -92,6 +103,10 @@ class BuildIndexConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} is {value}; give more than 0")
+        if not 0 <= self.max_delta_share < 1:
+            raise ConfigError(
+                f"max_delta_share is {self.max_delta_share}; give 0 (off) up to less than 1"
+            )
 
 
 def build_index(config: BuildIndexConfig) -> dict[str, Any]:
@@ -109,36 +124,51 @@ def build_index(config: BuildIndexConfig) -> dict[str, Any]:
         build = _Build.of(config, table, storage)
         if config.dry_run:
             return build.estimate()
-        training = build.train()
-        trained_at = time.perf_counter()
-        shards = build.plan_shards(training)
-        records, num_made = build.make_shards(training, shards)
-    built_at = time.perf_counter()
-    measured = measure(storage, records, config.target_recall)
-    measured.check(config.target_recall)
-    draft = build.draft(training, shards, records, measured)
+        built = build.run()
+        if not built.is_good_enough and built.training == build.kept_training():
+            log.warning("recall fell below the target: the vectors have moved, training again")
+            build = replace(build, config=replace(config, retrain=True))
+            built = build.run()
+    built.measured.check(config.target_recall)
+    draft = build.draft(built)
     published = publish_change(storage, draft, build.current)
-    done_at = time.perf_counter()
+    recall = built.measured.recall
     summary = {
         "generation": published.number,
         "ntotal": draft.counts["ntotal"],
-        "factory": training.factory,
-        "reason": training.reason,
-        "num_shards": len(records),
-        "shards_made": num_made,
-        "shards_reused": len(records) - num_made,
-        "recall": {str(depth): round(r.mean, 4) for depth, r in measured.recall.items()},
+        "factory": built.training.factory,
+        "reason": built.training.reason,
+        "num_shards": len(built.records),
+        "shards_made": built.num_made,
+        "shards_reused": len(built.records) - built.num_made,
+        "delta": draft.details["delta"],
+        "recall": {str(depth): round(r.mean, 4) for depth, r in recall.items()},
         "search": draft.details["search"],
-        "seconds": {
-            "train": round(trained_at - started, 3),
-            "build": round(built_at - trained_at, 3),
-            "measure": round(done_at - built_at, 3),
-            "total": round(done_at - started, 3),
-        },
+        "seconds": {**built.seconds, "total": round(time.perf_counter() - started, 3)},
     }
     report = {**summary, "details": draft.details}
     storage.write("report.json", json.dumps(report, indent=1).encode())
     return summary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Built:
+    """An index that is not published yet."""
+
+    training: Training
+    shards: list[ShardPlan]
+    records: list[dict[str, Any]]
+    """Completion records of the shards, in row order."""
+    num_made: int
+    """Shards that were built now."""
+    measured: Measured
+    target_recall: float
+    seconds: dict[str, float]
+
+    @property
+    def is_good_enough(self) -> bool:
+        """Recall reaches the target."""
+        return self.measured.recall[TUNED_DEPTH].mean >= self.target_recall
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,9 +225,34 @@ class _Build:
             budget_bytes=self.budget_bytes,
         )
 
+    def run(self) -> _Built:
+        """Train, build what is missing, measure."""
+        started = time.perf_counter()
+        training = self.train()
+        trained_at = time.perf_counter()
+        task = self.task(training)
+        shards = self._with_delta(task) or self._from_files(training)
+        records, num_made = self.make_shards(task, shards)
+        built_at = time.perf_counter()
+        target = self.config.target_recall
+        measured = measure(self.storage, records, target, [shard.dead for shard in shards])
+        return _Built(
+            training=training,
+            shards=shards,
+            records=records,
+            num_made=num_made,
+            measured=measured,
+            target_recall=target,
+            seconds={
+                "train": round(trained_at - started, 3),
+                "build": round(built_at - trained_at, 3),
+                "measure": round(time.perf_counter() - built_at, 3),
+            },
+        )
+
     def train(self) -> Training:
         """Return the template and probes of the last generation if they fit, else new ones."""
-        kept = self._kept_training()
+        kept = self.kept_training()
         if kept is not None:
             return kept
         if (factory := self.config.factory) != "auto":
@@ -205,7 +260,8 @@ class _Build:
             self.check_fits(factory, self._even_rows(factory))
         return train(self.request, self.table, self.parts, self.storage)
 
-    def _kept_training(self) -> Training | None:
+    def kept_training(self) -> Training | None:
+        """Return the training of the last generation if it is that of this build."""
         if self.current is None or self.config.retrain:
             return None
         training = Training(**self.current.details["training"])
@@ -215,7 +271,63 @@ class _Build:
         log.info("the template of generation %d stays: %s", self.current.number, training.factory)
         return training
 
-    def plan_shards(self, training: Training) -> list[ShardPlan]:
+    def task(self, training: Training) -> IndexTask:
+        """Return what all processes of the build share."""
+        return IndexTask(
+            output=self.config.output,
+            vectors=self.config.vectors,
+            generation=self.table.generation,
+            column=self.column,
+            columns=self._sidecar_columns(),
+            target_recall=self.config.target_recall,
+            training=training,
+        )
+
+    def _with_delta(self, task: IndexTask) -> list[ShardPlan] | None:
+        """Return the shards as they are, the rows that went marked, and one more for new rows.
+
+        None if the shards of changed files have to be built anew.
+        """
+        if not self.config.max_delta_share or self.kept_training() != task.training:
+            return None
+        plan = self._published_plan()
+        shards = [planned_shard(row) for row in plan]
+        before = self._parts_before()
+        keys = [shard.key(task.shard_fingerprint) for shard in shards]
+        if before is None or keys != [row["shard_key"] for row in plan]:
+            return None
+        changes = find_changes(
+            task, before, self.parts, plan, stall_timeout_s=self.config.stall_timeout_s
+        )
+        if changes is None:
+            return None
+        shards = changed_shards(shards, changes.parts, changes.dead)
+        share = _delta_facts(shards)["share"]
+        if share > self.config.max_delta_share:
+            log.info("%.1f %% of the rows changed: building their shards anew", 100 * share)
+            return None
+        return shards
+
+    def _parts_before(self) -> pa.Table | None:
+        """Return the vectors files that the last generation was built from; None if unknown."""
+        source = self.current.details["vectors"] if self.current else None
+        if source is None or source["uri"] != self.table.storage.uri:
+            return None
+        try:
+            return list_parts(open_vectors(source["uri"], source["generation"]))
+        except (FileNotFoundError, IntegrityError) as error:
+            log.warning("%s: changes cannot be told, shards are built anew", error)
+            return None
+
+    def _published_plan(self) -> list[dict[str, Any]]:
+        """Return schema.SHARDS of the last generation; [] without one."""
+        if self.current is None or self.current.plan is None:
+            return []
+        plan = pq.read_table(pa.BufferReader(read_verified(self.storage, self.current.plan)))
+        rows: list[dict[str, Any]] = plan.to_pylist()
+        return rows
+
+    def _from_files(self, training: Training) -> list[ShardPlan]:
         """Place the vectors files, each where it was before if the number of shards stays."""
         before = self._places_before()
         num_before = max(before.values(), default=-1) + 1
@@ -226,11 +338,11 @@ class _Build:
 
     def _places_before(self) -> dict[str, int]:
         """Return the shard of each part by name in the last generation."""
-        if self.current is None or self.current.plan is None:
-            return {}
-        plan = pq.read_table(pa.BufferReader(read_verified(self.storage, self.current.plan)))
         return {
-            part["name"]: shard["shard"] for shard in plan.to_pylist() for part in shard["parts"]
+            part["name"]: shard["shard"]
+            for shard in self._published_plan()
+            for part in shard["parts"]
+            if not shard["delta"]
         }
 
     def _default_shards(self, factory: str) -> int:
@@ -265,18 +377,10 @@ class _Build:
         return self.node if usable else replace(self.node, gpus=0)
 
     def make_shards(
-        self, training: Training, shards: Sequence[ShardPlan]
+        self, task: IndexTask, shards: Sequence[ShardPlan]
     ) -> tuple[list[dict[str, Any]], int]:
         """Return the completion record of each shard in order, and how many were built now."""
-        task = IndexTask(
-            output=self.config.output,
-            vectors=self.config.vectors,
-            generation=self.table.generation,
-            column=self.column,
-            columns=self._sidecar_columns(),
-            target_recall=self.config.target_recall,
-            training=training,
-        )
+        training = task.training
         keys = [shard.key(task.shard_fingerprint) for shard in shards]
         done = finished_shards(self.storage, keys, self._published_records())
         missing = {key: s for key, s in zip(keys, shards, strict=True) if key not in done}
@@ -292,34 +396,26 @@ class _Build:
             ):
                 done[record["shard_key"]] = record
         records = [done[key] for key in keys]
-        self._check_conservation(records)
+        self._check_conservation(records, sum(len(shard.dead) for shard in shards))
         return records, len(missing)
 
     def _sidecar_columns(self) -> tuple[str, ...]:
         return (*SIDECAR_COLUMNS, *self.table.generation.config.get("keep_columns", ()))
 
     def _published_records(self) -> dict[str, dict[str, Any]]:
-        if self.current is None or self.current.plan is None:
-            return {}
-        plan = pq.read_table(pa.BufferReader(read_verified(self.storage, self.current.plan)))
-        return {shard["shard_key"]: shard_record(shard) for shard in plan.to_pylist()}
+        return {shard["shard_key"]: shard_record(shard) for shard in self._published_plan()}
 
-    def _check_conservation(self, records: Sequence[Mapping[str, Any]]) -> None:
-        indexed = sum(record["index"]["rows"] for record in records)
+    def _check_conservation(self, records: Sequence[Mapping[str, Any]], num_dead: int) -> None:
+        indexed = sum(record["index"]["rows"] for record in records) - num_dead
         if indexed != self.ntotal:
             raise IntegrityError(
                 f"{self.ntotal} vectors were planned, {indexed} indexed; nothing was published. "
                 "This is a bug: report it with the log"
             )
 
-    def draft(
-        self,
-        training: Training,
-        shards: Sequence[ShardPlan],
-        records: Sequence[dict[str, Any]],
-        measured: Measured,
-    ) -> Generation:
+    def draft(self, built: _Built) -> Generation:
         """Return the generation to publish."""
+        training, records = built.training, built.records
         names = ("index", "ids", "probes")
         files = [record[name] for record in records for name in names]
         vectors = self.table.generation
@@ -327,23 +423,20 @@ class _Build:
             kind="index",
             fingerprint=index_fingerprint(vectors, self.column, training),
             config=asdict(self.config),
-            counts={
-                "ntotal": self.ntotal,
-                "documents": sum(record["facts"]["documents"] for record in records),
-                "shards": len(records),
-            },
+            counts={"ntotal": self.ntotal, "shards": len(records)},
             files=pa.Table.from_pylist(
                 [*files, training.template, training.probes], schema=FILES
             ).sort_by("path"),
             rejects=FILES.empty_table(),
-            plan=self._write_plan(shards, records),
+            plan=self._write_plan(built.shards, records),
             details={
                 "vectors": {"uri": self.table.storage.uri, "generation": vectors.number},
                 "embedding": {name: vectors.config.get(name) for name in ("model", "revision")},
                 "columns": list(self._sidecar_columns()[len(SIDECAR_COLUMNS) :]),
                 "training": asdict(training),
-                "search": _search_settings(training.factory, measured.effort),
-                **measured.as_details(),
+                "search": _search_settings(training.factory, built.measured.effort),
+                "delta": _delta_facts(built.shards),
+                **built.measured.as_details(),
             },
         )
 
@@ -358,6 +451,8 @@ class _Build:
                 "rows": shard.rows,
                 "facts": json.dumps(record["facts"]),
                 "parts": shard.parts,
+                "dead": list(shard.dead),
+                "delta": shard.is_delta,
             }
             for shard, record, base in zip(shards, records, row_bases(records), strict=True)
         ]
@@ -389,6 +484,14 @@ def _search_settings(factory: str, effort: int) -> dict[str, int]:
     """Return how hard the index is to be searched; {} where every search is exact."""
     name = effort_name(factory)
     return {name: effort} if name else {}
+
+
+def _delta_facts(shards: Sequence[ShardPlan]) -> dict[str, float]:
+    """Return the rows of delta shards, dead rows of all, and the larger one's share of the rest."""
+    rows = sum(shard.rows for shard in shards if shard.is_delta)
+    dead = sum(len(shard.dead) for shard in shards)
+    live = sum(shard.rows for shard in shards) - dead
+    return {"rows": rows, "dead": dead, "share": round(max(rows, dead) / max(live, 1), 6)}
 
 
 def index_fingerprint(

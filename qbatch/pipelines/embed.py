@@ -41,6 +41,7 @@ from qbatch.pipelines.embed_estimate import Prices, estimate
 from qbatch.pipelines.embed_forward import EmbedActor
 from qbatch.pipelines.embed_read import read_and_tokenize
 from qbatch.pipelines.embed_resume import Plan, write_units
+from qbatch.pipelines.embed_reuse import Reuse, VanishedFiles, vanished_files
 from qbatch.pipelines.embed_task import EmbedTask
 from qbatch.pipelines.embed_write import write_unit
 from qbatch.pipelines.finished_units import finished_units
@@ -110,6 +111,9 @@ class EmbedCorpusConfig:
     """Share of bad rows above which nothing is published."""
     max_bad_files: int = 0
     """Number of unreadable objects above which nothing is published."""
+    reuse: Reuse = "by-hash"
+    """Where a changed object's known documents get their vectors from: by-hash from any changed or
+    deleted object of the last generation, by-object from the same one, off embeds them again."""
     unit_bytes: int = 16 * 2**20
     """Aimed size of a unit of work in bytes of input."""
     stall_timeout_s: float = 1800.0
@@ -175,7 +179,17 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
         done = finished_units(storage, plan.keys, current)
         log.info("%d units planned, %d of them finished already", len(plan), len(done))
         progress = EmbedProgress(len(plan) - len(done))
-        made = list(_make_units(plan, done, task, pool, progress))
+        vanished = None
+        if len(done) < len(plan):
+            vanished = vanished_files(
+                storage,
+                current,
+                plan.keys,
+                fingerprint=fingerprint,
+                reuse=config.reuse,
+                stall_timeout_s=config.stall_timeout_s,
+            )
+        made = list(_make_units(plan, done, task, pool, progress, vanished))
     outputs = pa.concat_tables([done, pa.Table.from_pylist(made, schema=OUTPUTS)])
     counts = total_counts(outputs)
     check_bad_input(counts, config)
@@ -196,6 +210,7 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
         "rejected": counts["rejected"],
         "units_made": len(made),
         "units_reused": len(done),
+        "passages_embedded": progress.num_embedded,
         "tokens": counts["tokens"],
         **progress.summary(total_s=time.perf_counter() - started),
     }
@@ -286,7 +301,12 @@ def planned_fingerprint(config: EmbedCorpusConfig) -> dict[str, Any]:
 
 
 def _make_units(
-    plan: Plan, done: pa.Table, task: EmbedTask, pool: PoolPlan, progress: EmbedProgress
+    plan: Plan,
+    done: pa.Table,
+    task: EmbedTask,
+    pool: PoolPlan,
+    progress: EmbedProgress,
+    vanished: VanishedFiles | None,
 ) -> Iterator[dict[str, Any]]:
     """Run the missing units through the pipeline; yield a row of OUTPUTS for each."""
     num_pending = len(plan) - len(done)
@@ -299,7 +319,9 @@ def _make_units(
     dataset = (
         ray.data.from_arrow_refs(blocks)
         .map_batches(
-            partial(read_and_tokenize, task=task), max_retries=MAX_RETRIES, **unit_at_a_time
+            partial(read_and_tokenize, task=task, vanished=vanished),
+            max_retries=MAX_RETRIES,
+            **unit_at_a_time,
         )
         .map_batches(
             EmbedActor,

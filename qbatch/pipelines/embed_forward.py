@@ -47,7 +47,7 @@ class EmbedActor:
             batch["unit_key"][0].as_py(),
             stats,
             passages=passages.drop_columns(["token_ids"]),
-            rejects=unit_table(batch, "rejects"),
+            **{name: unit_table(batch, name) for name in ("rejects", "reused", "places")},
             vectors=pa.table({"vector": vector_array(vectors)}),
         )
 

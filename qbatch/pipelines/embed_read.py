@@ -10,23 +10,35 @@ from qbatch.corpus.reading import read_unit
 from qbatch.corpus.spans import Unit
 from qbatch.models.hub import resolve_model
 from qbatch.models.tokenization import TextTokenizer, TokenizerSpec
+from qbatch.pipelines.embed_reuse import VanishedFiles, split_documents
 from qbatch.pipelines.embed_task import EmbedTask, unit_row
 
 
-def read_and_tokenize(batch: pa.Table, *, task: EmbedTask) -> pa.Table:
-    """Turn a planned unit into tokenized passages and rejects."""
+def read_and_tokenize(
+    batch: pa.Table, *, task: EmbedTask, vanished: VanishedFiles | None = None
+) -> pa.Table:
+    """Turn a planned unit into tokenized passages, passages that need no model, and rejects."""
     unit_key = batch["unit_key"][0].as_py()
+    unit = Unit.from_json(batch["spans"][0].as_py())
     started = time.perf_counter()
-    rows = read_unit(Unit.from_json(batch["spans"][0].as_py()), task.corpus)
+    rows = read_unit(unit, task.corpus)
+    split = split_documents(rows.documents, unit, vanished)
     read_s = time.perf_counter() - started
-    passages = tokenize(rows.documents, task)
+    passages = tokenize(split.fresh, task)
     tokenize_s = time.perf_counter() - started - read_s
     stats = {
         "rows_in": rows.rows_in,
         "notes": dict(rows.counts),
         "seconds": {"read": read_s, "tokenize": tokenize_s},
     }
-    return unit_row(unit_key, stats, passages=passages, rejects=rows.rejects)
+    return unit_row(
+        unit_key,
+        stats,
+        passages=passages,
+        rejects=rows.rejects,
+        reused=split.reused,
+        places=split.places(passages),
+    )
 
 
 def tokenize(documents: pa.Table, task: EmbedTask) -> pa.Table:

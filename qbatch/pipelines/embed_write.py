@@ -28,10 +28,16 @@ def write_unit(batch: pa.Table, *, task: EmbedTask) -> pa.Table:
     stats = json.loads(batch["stats"][0].as_py())
     passages, rejects = unit_table(batch, "passages"), unit_table(batch, "rejects")
     matrix = vector_matrix(unit_table(batch, "vectors")["vector"])
-    passages, matrix, rejects, rejected = _reject_non_finite(passages, matrix, rejects, task)
+    is_good, rejects, rejected = _reject_non_finite(passages, matrix, rejects, task)
+    passages, matrix = passages.filter(pa.array(is_good)), matrix[is_good]
     if task.normalize:
         _check_norms(matrix, unit_key)
-    counts = unit_counts(passages, Counter(stats["notes"]) + rejected, stats["rows_in"])
+    reused = unit_table(batch, "reused")
+    is_kept = np.concatenate([is_good, np.ones(len(reused), bool)])
+    places = unit_table(batch, "places")["place"].to_numpy()[is_kept]
+    table = _in_document_order(vectors_table(passages, matrix, task), reused, places)
+    counts = unit_counts(table, Counter(stats["notes"]) + rejected, stats["rows_in"])
+    counts["passages_reused"] = len(reused)
     storage = Storage(task.output)
     record = {
         "unit_key": unit_key,
@@ -39,18 +45,21 @@ def write_unit(batch: pa.Table, *, task: EmbedTask) -> pa.Table:
         "counts": counts,
         "rejects": write_rejects(storage, unit_key, rejects),
     }
-    output = write_unit_file(storage, record, vectors_table(passages, matrix, task))
+    output = write_unit_file(storage, record, table)
     stats["seconds"]["write"] = time.perf_counter() - started
     return pa.table({"output": [json.dumps(output)], "stats": [json.dumps(stats)]})
 
 
 def _reject_non_finite(
     passages: pa.Table, matrix: np.ndarray, rejects: pa.Table, task: EmbedTask
-) -> tuple[pa.Table, np.ndarray, pa.Table, Counter[str]]:
-    """Move every document with a non-finite passage from the passages to the rejects."""
+) -> tuple[np.ndarray, pa.Table, Counter[str]]:
+    """Return which passages to keep, and the rejects with the documents of all others.
+
+    A document with one non-finite passage goes as a whole.
+    """
     finite = np.isfinite(matrix).all(axis=1)
     if finite.all():
-        return passages, matrix, rejects, Counter()
+        return finite, rejects, Counter()
     bad = passages.filter(pa.array(~finite)).select(["object_uri", "row", "doc_id"])
     bad = bad.group_by(["object_uri", "row", "doc_id"], use_threads=False).aggregate([])
     first = bad.slice(0, 1).to_pylist()[0]
@@ -68,7 +77,22 @@ def _reject_non_finite(
         )
         rejects = pa.concat_tables([rejects, _conform(found, REJECTS)])
     rejected = Counter({f"rejected:{NON_FINITE_VECTOR}": len(lost)})
-    return passages.filter(pa.array(keep)), matrix[keep], rejects, rejected
+    return keep, rejects, rejected
+
+
+def _in_document_order(made: pa.Table, reused: pa.Table, places: np.ndarray) -> pa.Table:
+    """Return made and reused rows as one table.
+
+    Args:
+        made: schema.vectors_schema.
+        reused: The same, or a table without columns.
+        places: Of the document of each row, made ones first.
+    """
+    if not reused.num_columns:
+        return made
+    known = reused.select(made.column_names).cast(made.schema)
+    joined = pa.concat_tables([made, known]).unify_dictionaries()
+    return joined.take(pa.array(np.argsort(places, kind="stable"))).combine_chunks()
 
 
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -7,8 +7,8 @@ most room.
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ class ShardPlan:
     number: int
     parts: list[dict[str, Any]]
     """schema.PARTS, in the order their rows have in the shard."""
+    dead: tuple[int, ...] = ()
+    """Rows that are no longer found, rising."""
+    is_delta: bool = False
+    """It holds rows that came after the other shards were built."""
 
     @property
     def rows(self) -> int:
@@ -36,8 +40,11 @@ class ShardPlan:
 
     def key(self, fingerprint: str) -> str:
         """Return the name of the shard's files under everything else that changes them."""
-        digests = [part["sha256"] for part in self.parts]
-        return fingerprint_id({"parts": digests, "fingerprint": fingerprint})
+        parts = [
+            part["sha256"] if part["selected"] is None else [part["sha256"], part["selected"]]
+            for part in self.parts
+        ]
+        return fingerprint_id({"parts": parts, "fingerprint": fingerprint})
 
 
 def list_parts(table: PublishedTable) -> pa.Table:
@@ -50,8 +57,18 @@ def list_parts(table: PublishedTable) -> pa.Table:
         data = read_verified(table.storage, plan)
         files = pq.read_table(pa.BufferReader(data), columns=["spans", *FILES.names])
         names = pa.array(_part_names(files["spans"]), pa.large_string())
-    parts = pa.table([names, *(files[name] for name in FILES.names)], schema=PARTS)
+    columns = [names, *(files[name] for name in FILES.names)]
+    whole = pa.nulls(len(files), PARTS.field("selected").type)
+    parts = pa.table([*columns, whole], schema=PARTS)
     return parts.filter(pa.array(parts["rows"].to_numpy() > 0))
+
+
+def read_part(
+    table: PublishedTable, part: Mapping[str, Any], columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Return the rows that a part stands for: all of a vectors file, or those selected of it."""
+    rows = table.read_file(part, columns)
+    return rows if part["selected"] is None else rows.take(pa.array(part["selected"], pa.int64()))
 
 
 def _part_names(spans: pa.ChunkedArray) -> Iterator[str]:
@@ -97,6 +114,34 @@ def assign_shards(
         for i, shard in enumerate(members)
         if shard
     ]
+
+
+def planned_shard(row: Mapping[str, Any]) -> ShardPlan:
+    """Return the shard that a row of schema.SHARDS describes."""
+    return ShardPlan(
+        number=row["shard"], parts=row["parts"], dead=tuple(row["dead"]), is_delta=row["delta"]
+    )
+
+
+def changed_shards(
+    shards: Sequence[ShardPlan], parts: pa.Table, dead: Mapping[int, Sequence[int]]
+) -> list[ShardPlan]:
+    """Return shards after a change: more rows of theirs are dead, new rows have new shards.
+
+    Args:
+        shards: As they were, in row order.
+        parts: schema.PARTS of the new rows.
+        dead: Rows that went, by the place of their shard.
+    """
+    marked = [
+        replace(shard, dead=tuple(sorted({*shard.dead, *dead.get(place, ())})))
+        for place, shard in enumerate(shards)
+    ]
+    num_rows = sum(parts["rows"].to_pylist())
+    num_new = -(-num_rows // max(shard.rows for shard in shards))
+    first = max(shard.number for shard in shards) + 1
+    new = assign_shards(parts, num_new) if num_rows else []
+    return [*marked, *(replace(s, number=first + s.number, is_delta=True) for s in new)]
 
 
 def sample_counts(rows: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:

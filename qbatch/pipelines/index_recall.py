@@ -49,7 +49,10 @@ class Measured:
 
 
 def measure(
-    storage: Storage, records: Sequence[Mapping[str, Any]], target_recall: float
+    storage: Storage,
+    records: Sequence[Mapping[str, Any]],
+    target_recall: float,
+    dead: Sequence[Sequence[int]],
 ) -> Measured:
     """Choose an effort and measure recall from the stored results of all shards.
 
@@ -57,8 +60,10 @@ def measure(
         storage: The index.
         records: Completion records of the shards, in row order.
         target_recall: Of recall@10.
+        dead: Of each shard, the rows that are no longer found.
     """
     results = [_read_results(storage, record) for record in records]
+    results = [r.without(rows) if len(rows) else r for r, rows in zip(results, dead, strict=True)]
     bases = row_bases(records)
     exact = _merged((r.exact for r in results), bases)
     efforts = sorted({effort for result in results for effort in result.found})

@@ -26,7 +26,7 @@ from qbatch.index.probes import Probes
 from qbatch.index.training import Template
 from qbatch.manifest import canonical_json
 from qbatch.pipelines.cluster import MAX_RETRIES
-from qbatch.pipelines.index_parts import ShardPlan
+from qbatch.pipelines.index_parts import ShardPlan, read_part
 from qbatch.pipelines.index_resources import Booking
 from qbatch.pipelines.index_task import IndexTask
 from qbatch.pipelines.tasks import results_as_completed
@@ -65,10 +65,10 @@ def _read_ahead(task: IndexTask, shard: ShardPlan) -> Iterator[pa.Table]:
     """Yield the shard's tables, reading the next one while the last is worked on."""
     table, columns = task.table(), [*task.columns, task.column.name]
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-        waiting = reader.submit(table.read_file, shard.parts[0], columns)
+        waiting = reader.submit(read_part, table, shard.parts[0], columns)
         for part in shard.parts[1:]:
             ready = waiting.result()
-            waiting = reader.submit(table.read_file, part, columns)
+            waiting = reader.submit(read_part, table, part, columns)
             yield ready
         yield waiting.result()
 

@@ -9,7 +9,8 @@ from qbatch.schema import SCHEMA_VERSION
 from qbatch.storage import Storage
 from qbatch.tables import PublishedTable
 
-SIDECAR_COLUMNS = ("doc_id", "passage_id")
+SIDECAR_COLUMNS = ("doc_id", "passage_id", "content_hash")
+"""What every sidecar keeps: who a row is, and what it says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
 from qbatch.errors import SourceChangedError
 from qbatch.index.columns import VectorColumn
-from qbatch.index.items import ItemTable, needed_columns
+from qbatch.index.items import ItemRows, ItemTable, needed_columns
 from qbatch.index.selecting import SelectionOptions, select_candidates
 from qbatch.manifest import (
     Generation,
@@ -28,6 +27,7 @@ from qbatch.manifest import (
 )
 from qbatch.pipelines.cluster import MAX_RETRIES, cluster_resources
 from qbatch.pipelines.finished_units import finished_units
+from qbatch.pipelines.index_parts import read_part
 from qbatch.pipelines.index_resources import largest_node
 from qbatch.pipelines.search_queries import QueryBlock
 from qbatch.pipelines.search_task import stored_shards
@@ -104,7 +104,7 @@ class CandidatesTask:
         if column is None and not options.are_items:
             return None
         names = needed_columns(column, options.same)
-        tables = (self.vectors.read_file(part, names) for part in self.parts)
+        tables = (read_part(self.vectors, part, names) for part in self.parts)
         return ItemTable(tables, rows=self.num_rows, column=column, group_column=options.same)
 
 
@@ -114,16 +114,14 @@ class CandidatesActor:
     def __init__(self, task: CandidatesTask) -> None:
         self._task = task
         self._items = task.items()
-        bases = np.cumsum([0, *(part["rows"] for part in task.parts)]).tolist()
-        self._bases = {part["path"]: base for part, base in zip(task.parts, bases, strict=False)}
+        self._asking: tuple[str, ItemRows] | None = None
 
     def select(self, unit: dict[str, Any], unit_key: str) -> dict[str, Any]:
         """Write the candidates of one unit of the run; return its row of OUTPUTS."""
         task = self._task
         run = task.run.read_file(unit)
-        path = QueryBlock.from_json(unit["spans"]).path
-        first_row = self._bases[path] if task.options.are_items else 0
-        found = select_candidates(run, self._items, task.options, first_row=first_row)
+        asking = self._asking_rows(QueryBlock.from_json(unit["spans"]))
+        found = select_candidates(run, self._items, task.options, asking=asking)
         record = {
             "unit_key": unit_key,
             "fingerprint": fingerprint_id(task.fingerprint),
@@ -131,6 +129,17 @@ class CandidatesActor:
             "rejects": None,
         }
         return write_unit_file(Storage(task.output), record, found)
+
+    def _asking_rows(self, block: QueryBlock) -> ItemRows | None:
+        """Return what is known of the file of queries, if they are items; the last one is kept."""
+        options = self._task.options
+        if self._items is None or not options.are_items:
+            return None
+        if self._asking is None or self._asking[0] != block.path:
+            entry = {"path": block.path, "sha256": block.version}
+            table = self._task.vectors.read_file(entry, needed_columns(None, options.same))
+            self._asking = block.path, self._items.rows_of(table)
+        return self._asking[1]
 
 
 def make_candidates(

@@ -28,6 +28,7 @@ from qbatch.index.searching import (
     merge_hits,
 )
 from qbatch.manifest import fingerprint_id, read_verified
+from qbatch.pipelines.index_parts import read_part
 from qbatch.pipelines.search_queries import Queries, QueryBlock
 from qbatch.pipelines.search_task import SearchTask, StoredShard
 from qbatch.pipelines.unit_files import (
@@ -149,21 +150,30 @@ def load_group(
     index, first_ids, first_allowed = _read_shard(task, shards[0])
     if not can_merge(index):
         return {shard.number: load_shard(task, shard) for shard in shards}
-    ids = [first_ids]
-    allowed = [] if first_allowed is None else [first_allowed]
+    ids, allowed = [first_ids], [first_allowed]
     for shard in shards[1:]:
         part, part_ids, part_allowed = _read_shard(task, shard)
         index.merge_from(part, index.ntotal)
         ids.append(part_ids)
-        if part_allowed is not None:
-            allowed.append(part_allowed)
+        allowed.append(part_allowed)
     whole = ShardSearcher(
         index,
         pa.concat_tables(ids, promote_options="permissive").combine_chunks(),
         task.column.metric,
-        allowed=np.concatenate(allowed) if allowed else None,
+        allowed=_joined(allowed, [len(part) for part in ids]),
     )
     return {shards[0].number: whole}
+
+
+def _joined(masks: Sequence[np.ndarray | None], sizes: Sequence[int]) -> np.ndarray | None:
+    """Return masks one after the other; None stands for all rows."""
+    if all(mask is None for mask in masks):
+        return None
+    whole = [
+        np.ones(size, bool) if mask is None else mask
+        for mask, size in zip(masks, sizes, strict=True)
+    ]
+    return np.concatenate(whole)
 
 
 def load_shard(task: SearchTask, shard: StoredShard) -> ShardSearcher:
@@ -191,13 +201,16 @@ def _read_shard(task: SearchTask, shard: StoredShard) -> tuple[Any, pa.Table, np
     if len(task.tombstones):
         deleted = pc.is_in(ids["doc_id"], task.tombstones).to_numpy(zero_copy_only=False)
         allowed = ~deleted if allowed is None else allowed & ~deleted
+    if len(shard.dead):
+        allowed = np.ones(len(ids), bool) if allowed is None else allowed
+        allowed[shard.dead] = False
     index = read_index(storage, shard.index, dim=column.dim, metric=column.metric)
     return index, ids, allowed
 
 
 def _stored_vectors(task: SearchTask, shard: StoredShard) -> StoredVectors:
     table, column = task.vectors_table(), task.column
-    matrices = (column.matrix(table.read_file(part, [column.name])) for part in shard.parts)
+    matrices = (column.matrix(read_part(table, part, [column.name])) for part in shard.parts)
     return StoredVectors(matrices, rows=shard.rows, dim=column.dim)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -21,12 +22,15 @@ class StoredShard:
 
     number: int
     key: str
+    """Equal where the same rows can be found."""
     row_base: int
     rows: int
     index: dict[str, Any]
     ids: dict[str, Any]
     parts: list[dict[str, Any]]
-    """The vectors files its rows come from, in order."""
+    """schema.PARTS its rows come from, in order."""
+    dead: np.ndarray
+    """int64, rising: rows that were deleted or replaced since it was built."""
 
     @property
     def num_bytes(self) -> int:
@@ -89,8 +93,15 @@ def stored_shards(storage: Storage, generation: Generation) -> list[StoredShard]
     return [
         StoredShard(
             number=row["shard"],
-            key=row["shard_key"],
+            key=_searched_key(row),
+            dead=np.array(row["dead"], np.int64),
             **{name: row[name] for name in ("row_base", "rows", "index", "ids", "parts")},
         )
         for row in rows
     ]
+
+
+def _searched_key(row: Mapping[str, Any]) -> str:
+    """Return what names the content of a shard as a search sees it."""
+    key: str = row["shard_key"]
+    return fingerprint_id({"shard": key, "dead": row["dead"]}) if row["dead"] else key

@@ -27,12 +27,18 @@ class EmbedProgress:
         self._num_done += 1
         self._seconds.update(stats["seconds"])
         self._totals.update({name: stats[name] for name in ("tokens_packed", "pack_room")})
-        self._totals.update({name: counts[name] for name in ("passages", "tokens")})
+        names = ("passages", "passages_reused", "tokens")
+        self._totals.update({name: counts[name] for name in names})
         self._totals["rejected"] += sum(counts["rejected"].values())
         now = time.monotonic()
         if now - self._last_line >= _INTERVAL_S or self._num_done == self._num_units:
             self._last_line = now
             self._log(max(now - self._started, 1e-9))
+
+    @property
+    def num_embedded(self) -> int:
+        """Passages whose vectors were computed; the others of the finished units were copied."""
+        return self._totals["passages"] - self._totals["passages_reused"]
 
     def _log(self, elapsed_s: float) -> None:
         left_s = elapsed_s / self._num_done * (self._num_units - self._num_done)

@@ -7,7 +7,7 @@ import pytest
 from qbatch.errors import ConfigError
 from qbatch.index.columns import VectorColumn
 from qbatch.index.diversity import diversify
-from qbatch.index.items import ItemTable, needed_columns
+from qbatch.index.items import ItemRows, ItemTable, needed_columns
 from qbatch.index.selecting import SelectionOptions, select_candidates
 from qbatch.schema import LOCATED_RUN, RUN, vector_array
 from tests.vector_tables import clustered
@@ -56,6 +56,10 @@ def items_table(vectors: np.ndarray, texts: list[str], groups: list[str | None])
     )
 
 
+def rows_from(items: ItemTable, first: int) -> ItemRows:
+    return ItemRows(hashes=items.hashes[first:], groups=items.groups[first:])
+
+
 def located_run(lists: dict[int, list[tuple[int, float]]]) -> pa.Table:
     """From the row of each query to rows found and scores."""
     rows = [
@@ -99,7 +103,7 @@ def test_copies_near_duplicates_and_other_groups_are_left_out():
 
     def select(**options) -> dict[str, list[str]]:
         chosen = SelectionOptions(top_k=4, are_items=True, **options)
-        return chosen_rows(select_candidates(run, items, chosen, first_row=1))
+        return chosen_rows(select_candidates(run, items, chosen, asking=rows_from(items, 1)))
 
     # 4 is a copy of 1; of the copies 3, 5 and 7 the first id counts
     assert select() == {"d1": ["d0", "d3", "d2", "d6"], "d2": ["d1", "d0"], "d4": ["d6"]}
@@ -118,7 +122,8 @@ def test_diversity_looks_at_the_stored_vectors_of_what_is_left():
         best = [row for row in np.argsort(-scores[query]).tolist() if row != query][:depth]
         lists[query] = [(row, float(scores[query, row])) for row in best]
     options = SelectionOptions(top_k=6, are_items=True, max_similarity=0.9, diversity=0.5)
-    found = chosen_rows(select_candidates(located_run(lists), items, options, first_row=1))
+    asking = rows_from(items, 1)
+    found = chosen_rows(select_candidates(located_run(lists), items, options, asking=asking))
     for query, hits in lists.items():
         left = [row for row, score in hits if score <= np.float32(0.9)]
         wanted = plain_mmr(scores[query, left], scores[np.ix_(left, left)], 6, 0.5)
@@ -144,6 +149,10 @@ def test_items_are_known_by_row():
     assert (items.hashes[0] == items.hashes[6]).all()
     assert not (items.hashes[0] == items.hashes[1]).all()
     assert needed_columns(None, "group") == ["content_hash", "group"]
+    hashes = pa.array([text.encode().ljust(16) for text in "bz"], pa.binary(16))
+    others = items.rows_of(pa.table({"content_hash": hashes, "group": ["z", "unknown"]}))
+    assert (others.hashes[0] == items.hashes[1]).all()
+    assert others.groups.tolist() == [codes[4], -1]
     table = pa.table({"content_hash": pa.array([b"x" * 16], pa.binary(16)), "group": [[1]]})
     with pytest.raises(ConfigError, match=r"column 'group' is list<.*give --same a column"):
         ItemTable([table], rows=1, group_column="group")
