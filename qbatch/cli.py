@@ -19,6 +19,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from qbatch.errors import ConfigError, QbatchError
 
 ConfigT = TypeVar("ConfigT")
+T = TypeVar("T")
 
 log = logging.getLogger("qbatch")
 
@@ -35,6 +36,9 @@ def _comma_separated(parse: Callable[[str], Any], metavar: str) -> PrimitiveCons
 
 IntList = Annotated[tuple[int, ...], _comma_separated(int, "INT,INT,...")]
 StrList = Annotated[tuple[str, ...], _comma_separated(str, "NAME,NAME,...")]
+
+Derived = Annotated[T, tyro.conf.Fixed, tyro.conf.SuppressFixed]
+"""A setting of a nested job that the outer job fills in: no flag, no key."""
 
 
 def run(config_type: type[ConfigT], job: Callable[[ConfigT], Mapping[str, Any]]) -> NoReturn:

@@ -34,6 +34,12 @@ class CommitRaceLostError(QbatchError):
     exit_code = 5
 
 
+class LeaseHeldError(QbatchError):
+    """Another job works here, and this one was not to wait any longer."""
+
+    exit_code = 5
+
+
 class StalledError(QbatchError):
     """The pipeline made no progress for longer than the stall limit."""
 

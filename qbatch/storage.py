@@ -12,9 +12,10 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
@@ -32,6 +33,9 @@ _READ_AHEAD_BYTES = 8 * 2**20
 
 _COPY_BYTES = 2**20
 
+_DELETES_PER_REQUEST = 1000
+"""The most that S3 takes."""
+
 _STORE_ERRORS = (OSError, BotoCoreError)
 
 
@@ -46,6 +50,8 @@ class ObjectInfo:
     """Bytes."""
     version: str
     """ETag, or the modification time in nanoseconds on a disk: changes when the content does."""
+    modified: float | None = None
+    """When it was written, in seconds since 1970; None where the store does not say."""
 
 
 class Storage:
@@ -132,8 +138,8 @@ class Storage:
     def info(self, path: str) -> ObjectInfo:
         """Return size and version of one object; FileNotFoundError when absent."""
         with _named_errors("stat", self.object_uri(path)):
-            size, version = self._backend.info(self._absolute(path))
-        return ObjectInfo(self.object_uri(path), path, size, version)
+            facts = self._backend.info(self._absolute(path))
+        return ObjectInfo(self.object_uri(path), path, *facts)
 
     def exists(self, path: str) -> bool:
         """Tell whether there is an object of that name."""
@@ -145,6 +151,13 @@ class Storage:
         with _named_errors("delete", self.object_uri(path)):
             self._backend.delete(self._absolute(path))
 
+    def delete_all(self, paths: Sequence[str]) -> None:
+        """Remove objects, up to 1,000 in a request; absent ones are no error."""
+        for start in range(0, len(paths), _DELETES_PER_REQUEST):
+            batch = paths[start : start + _DELETES_PER_REQUEST]
+            with _named_errors(f"delete {len(batch)} objects from", self.object_uri(batch[0])):
+                self._backend.delete_all([self._absolute(path) for path in batch])
+
     def iter_objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Yield every object under a directory, recursively, in name order.
 
@@ -153,9 +166,9 @@ class Storage:
         """
         base = self._absolute(prefix).rstrip("/")
         with _named_errors("list", self.object_uri(prefix)):
-            for absolute, size, version in self._backend.iter_objects(base):
+            for absolute, facts in self._backend.iter_objects(base):
                 path = absolute[len(self.root.rstrip("/")) + 1 :]
-                yield ObjectInfo(self.object_uri(path), path, size, version)
+                yield ObjectInfo(self.object_uri(path), path, *facts)
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -258,6 +271,10 @@ def _named_errors(action: str, uri: str) -> Iterator[None]:
         ) from error
 
 
+_Facts = tuple[int, str, float | None]
+"""Size, version and modification time of an object."""
+
+
 class _Backend(Protocol):
     """The operations on absolute paths that differ between a disk and an object store."""
 
@@ -268,10 +285,11 @@ class _Backend(Protocol):
     def download(self, path: str, file: Path) -> None: ...
     def create(self, path: str, data: bytes) -> None: ...
     def open(self, path: str) -> BinaryIO: ...
-    def info(self, path: str) -> tuple[int, str]: ...
+    def info(self, path: str) -> _Facts: ...
     def exists(self, path: str) -> bool: ...
     def delete(self, path: str) -> None: ...
-    def iter_objects(self, base: str) -> Iterator[tuple[str, int, str]]: ...
+    def delete_all(self, paths: Sequence[str]) -> None: ...
+    def iter_objects(self, base: str) -> Iterator[tuple[str, _Facts]]: ...
 
 
 class _LocalBackend:
@@ -319,11 +337,11 @@ class _LocalBackend:
     def open(self, path: str) -> BinaryIO:
         return open(path, "rb")
 
-    def info(self, path: str) -> tuple[int, str]:
+    def info(self, path: str) -> _Facts:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(f"{path} is not a file")
-        return status.st_size, str(status.st_mtime_ns)
+        return status.st_size, str(status.st_mtime_ns), status.st_mtime
 
     def exists(self, path: str) -> bool:
         return os.path.isfile(path)
@@ -331,7 +349,11 @@ class _LocalBackend:
     def delete(self, path: str) -> None:
         Path(path).unlink(missing_ok=True)
 
-    def iter_objects(self, base: str) -> Iterator[tuple[str, int, str]]:
+    def delete_all(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            self.delete(path)
+
+    def iter_objects(self, base: str) -> Iterator[tuple[str, _Facts]]:
         if not os.path.isdir(base):
             return
         with os.scandir(base) as scan:
@@ -342,7 +364,8 @@ class _LocalBackend:
                 yield from self.iter_objects(entry.path)
             elif not entry.name.endswith(".tmp") or not entry.name.startswith("."):
                 status = entry.stat()
-                yield entry.path, status.st_size, str(status.st_mtime_ns)
+                facts = status.st_size, str(status.st_mtime_ns), status.st_mtime
+                yield entry.path, facts
 
 
 def _sync_directory(path: str) -> None:
@@ -388,11 +411,11 @@ class _FsspecBackend:
     def open(self, path: str) -> BinaryIO:
         return cast("BinaryIO", self._fs.open(path, "rb", block_size=_READ_AHEAD_BYTES))
 
-    def info(self, path: str) -> tuple[int, str]:
+    def info(self, path: str) -> _Facts:
         entry = self._fs.info(path)
         if entry["type"] != "file":
             raise FileNotFoundError(path)
-        return int(entry["size"]), _entry_version(entry)
+        return int(entry["size"]), _entry_version(entry), _entry_modified(entry)
 
     def exists(self, path: str) -> bool:
         if self._scheme != "s3":
@@ -408,14 +431,27 @@ class _FsspecBackend:
         except FileNotFoundError:
             return
 
-    def iter_objects(self, base: str) -> Iterator[tuple[str, int, str]]:
+    def delete_all(self, paths: Sequence[str]) -> None:
+        if self._scheme != "s3":
+            for path in paths:
+                self.delete(path)
+            return
+        bucket = paths[0].partition("/")[0]
+        keys = [{"Key": path.partition("/")[2]} for path in paths]
+        answer = self._fs.call_s3(
+            "delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True}
+        )
+        if failed := answer.get("Errors"):
+            raise OSError(f"{len(failed)} of {len(keys)} were refused, the first: {failed[0]}")
+
+    def iter_objects(self, base: str) -> Iterator[tuple[str, _Facts]]:
         if self._scheme == "s3":
             yield from self._iter_s3_pages(base)
             return
         for path, entry in sorted(self._fs.find(base, detail=True).items()):
-            yield path, int(entry["size"]), _entry_version(entry)
+            yield path, (int(entry["size"]), _entry_version(entry), _entry_modified(entry))
 
-    def _iter_s3_pages(self, base: str) -> Iterator[tuple[str, int, str]]:
+    def _iter_s3_pages(self, base: str) -> Iterator[tuple[str, _Facts]]:
         # s3fs.find would hold the whole listing; pages keep a million objects flat in memory.
         bucket, _, prefix = base.partition("/")
         request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
@@ -423,7 +459,8 @@ class _FsspecBackend:
             page = self._fs.call_s3("list_objects_v2", **request)
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):
-                    yield f"{bucket}/{entry['Key']}", int(entry["Size"]), entry["ETag"].strip('"')
+                    facts = int(entry["Size"]), entry["ETag"].strip('"'), _entry_modified(entry)
+                    yield f"{bucket}/{entry['Key']}", facts
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
@@ -437,3 +474,13 @@ def _entry_version(entry: dict[str, Any]) -> str:
         f"{entry['name']} has neither an ETag nor a modification time; "
         "changes to it could not be noticed. Copy the corpus to a store that reports one of them"
     )
+
+
+def _entry_modified(entry: dict[str, Any]) -> float | None:
+    for key in ("LastModified", "mtime", "updated"):
+        value = entry.get(key)
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if value is not None:
+            return value.timestamp() if isinstance(value, datetime) else float(value)
+    return None

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "qbatch"
 JOBS = ROOT / "jobs"
 
-FOUNDATION = {"errors", "schema", "storage", "manifest", "tables"}
+FOUNDATION = {"errors", "schema", "storage", "manifest", "tables", "release", "lease"}
 LIBRARIES = {"corpus", "models", "index", "evaluation", "training", "report"}
 ARROWS = {
     "cli": {"errors"},
@@ -37,6 +37,8 @@ HOMES = {
 
 LIGHT = (
     *("qbatch.schema.", "qbatch.storage.", "qbatch.manifest.", "qbatch.tables.", "qbatch.corpus."),
+    *("qbatch.release.", "qbatch.lease."),
+    *("qbatch.release.", "qbatch.lease."),
     *("qbatch.pipelines.embed_read.", "qbatch.pipelines.embed_write."),
     *("qbatch.evaluation.", "qbatch.pipelines.evaluate."),
     *("qbatch.models.rerank_tokens.", "qbatch.pipelines.rerank_pairs."),

@@ -3,6 +3,7 @@
 import http.server
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -49,6 +50,24 @@ def test_version_changes_with_the_content(store_uri):
     assert before.version != after.version
     assert [o.version for o in storage.iter_objects()] == [after.version]
     assert object_info(after.uri).version == after.version
+
+
+def test_objects_know_when_they_were_written(store_uri):
+    storage = Storage(store_uri)
+    before = time.time()
+    storage.write("x", b"one")
+    listed = next(storage.iter_objects()).modified
+    assert before - 2 <= listed <= time.time() + 2  # S3 tells whole seconds
+    assert storage.info("x").modified == pytest.approx(listed, abs=1)
+
+
+def test_many_objects_go_in_one_call(store_uri):
+    storage = Storage(store_uri)
+    for i in range(5):
+        storage.write(f"some/{i}", b"x")
+    storage.delete_all(["some/0", "some/3", "some/absent", *(f"none/{i}" for i in range(1100))])
+    storage.delete_all([])
+    assert [o.path for o in storage.iter_objects()] == ["some/1", "some/2", "some/4"]
 
 
 def test_a_listed_uri_can_be_opened_anywhere(store_uri):
