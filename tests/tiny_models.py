@@ -62,6 +62,30 @@ def write_tiny_judge(directory: Path, *, seed: int = 0) -> Path:
     return directory
 
 
+def write_tiny_start(directory: Path, *, words: Sequence[str] = (), layers: int = 1) -> Path:
+    """Write config and tokenizer of a small Qwen3, without weights: what training starts from.
+
+    The tokenizer knows these words, the answers yes and no, and else single characters.
+    """
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    words = [*words, "yes", "no"]
+    vocab = _write_tokenizer(directory, max_tokens=256, words=words, marks=marks)
+    Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    ).save_pretrained(directory)
+    return directory
+
+
 def _bert_config(vocab_size: int, hidden_size: int, **settings: object) -> BertConfig:
     return BertConfig(
         vocab_size=vocab_size,
