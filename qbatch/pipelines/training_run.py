@@ -118,6 +118,7 @@ def _run_workers(
 
 def _train_worker(config: Mapping[str, Any]) -> None:
     logging.getLogger("qbatch").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)  # a line for every file
     train(config["task"], config["settings"])
 
 

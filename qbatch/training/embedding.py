@@ -12,12 +12,12 @@ from transformers import AutoModel
 
 from qbatch.errors import ConfigError
 from qbatch.models.backbone import load_weights
-from qbatch.models.loading import ModelSpec, load_spec, read_config
+from qbatch.models.loading import ModelSpec, load_spec
 from qbatch.models.packing import gather_tokens, plan_packs
 from qbatch.models.tokenization import TextTokenizer
 from qbatch.training.gradient_cache import GradientCache, contrastive_gradients
 from qbatch.training.losses import ContrastiveBatch, ContrastiveConfig
-from qbatch.training.model_files import starting_model, write_embedder
+from qbatch.training.model_files import starting_model, stored_dtype, write_embedder
 from qbatch.training.networks import TextEncoder, TextPack, add_adapters
 from qbatch.training.task import ModelKind, TrainTask
 from qbatch.training.tokens import EmbeddingReader, EmbeddingTokens
@@ -118,7 +118,7 @@ class EmbeddingObjective:
             folder,
             self._spec,
             {name.removeprefix("model."): tensor for name, tensor in state.items()},
-            dtype=save_dtype(self._task, self._spec.path),
+            dtype=stored_dtype(self._task.checkpointing.save_dtype, self._spec.path),
             class_name=type(self.model).__name__,
             instruction=self._task.instruction,
             dims=self._settings.loss.dims,
@@ -150,13 +150,3 @@ def _arrange(
         keys=torch.from_numpy(batch.keys).to(vectors.device),
         present=torch.from_numpy(batch.present).to(vectors.device),
     )
-
-
-def save_dtype(task: TrainTask, path: Path) -> torch.dtype:
-    """Return the dtype in which weights are written: as asked for, or that of the start."""
-    name = task.checkpointing.save_dtype
-    if name == "auto":
-        found = read_config(path).dtype
-        return found if isinstance(found, torch.dtype) else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -14,6 +14,7 @@ from qbatch.models.hub import resolve_model
 from qbatch.models.loading import ModelSpec, Pooling, read_config, read_json
 from qbatch.models.prompts import document_prompt, query_prompt
 from qbatch.models.tokenization import read_tokenizer
+from qbatch.schema import ComputeDtype
 from qbatch.training.task import Lora, ModelKind, Start
 
 _TOKENIZER_FILES = (
@@ -98,6 +99,15 @@ def write_weights(
         if not (is_tied and name == "lm_head.weight")
     }
     save_torch_state_dict(converted, folder)
+
+
+def stored_dtype(name: Literal["auto"] | ComputeDtype, path: Path) -> torch.dtype:
+    """Return the dtype in which weights are written: as asked for, or that of the start."""
+    if name == "auto":
+        found = read_config(path).dtype
+        return found if isinstance(found, torch.dtype) else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def write_config(

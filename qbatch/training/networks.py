@@ -150,7 +150,7 @@ def wrap(network: torch.nn.Module, sharding: Sharding, world: World) -> torch.nn
     if world.size == 1:
         return network
     if sharding == "ddp":
-        return DistributedDataParallel(network, broadcast_buffers=False)
+        return DistributedDataParallel(network, forward_sync_buffers=False)
     device = next(network.parameters()).device
     mesh = init_device_mesh(device.type, (world.size,))
     layers = {
