@@ -1,6 +1,7 @@
 """Random models small enough to load in a second; real architecture code, real tokenizers."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from qbatch.models.prompts import DEFAULT_INSTRUCTION
+from qbatch.models.rerank_prompts import JUDGE_START, NO, YES
 
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
@@ -65,11 +69,12 @@ def write_tiny_judge(directory: Path, *, seed: int = 0) -> Path:
 def write_tiny_start(directory: Path, *, words: Sequence[str] = (), layers: int = 1) -> Path:
     """Write config and tokenizer of a small Qwen3, without weights: what training starts from.
 
-    The tokenizer knows these words, the answers yes and no, and else single characters.
+    The tokenizer knows these words and those of the prompts, and else single characters.
     """
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    words = [*words, "yes", "no"]
-    vocab = _write_tokenizer(directory, max_tokens=256, words=words, marks=marks)
+    prompts = set(re.findall("[a-z]{2,}", (JUDGE_START + DEFAULT_INSTRUCTION).lower()))
+    known = sorted(prompts | set(words) | {YES, NO, "instruct", "query", "document", "assistant"})
+    vocab = _write_tokenizer(directory, max_tokens=256, words=known, marks=marks)
     Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
         vocab_size=vocab,

@@ -1,5 +1,6 @@
 """A toy corpus that a tiny model learns in seconds: find the note about a word."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +16,26 @@ VOCABULARY = (*WORDS, *FILLERS, "note", "about", "find")
 
 
 def write_pairs(
-    path: Path, num_rows: int, *, num_negatives: int = 2, seed: int = 0, row_group: int = 50
+    path: Path,
+    num_rows: int,
+    *,
+    num_negatives: int = 2,
+    asked: Sequence[str] = WORDS,
+    seed: int = 0,
+    row_group: int = 50,
 ) -> Path:
-    """Write pairs whose query names a word, and whose document does so among fillers."""
+    """Write pairs whose query names one of the asked words, and whose document does so, too."""
     rng = np.random.default_rng(seed)
-    rows = [_pair(rng, i, num_negatives) for i in range(num_rows)]
+    rows = [_pair(rng, i, num_negatives, asked) for i in range(num_rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group)
     return path
 
 
-def _pair(rng: np.random.Generator, number: int, num_negatives: int) -> dict:
-    word, *others = rng.choice(WORDS, 1 + num_negatives, replace=False).tolist()
+def _pair(rng: np.random.Generator, number: int, num_negatives: int, asked: Sequence[str]) -> dict:
+    word = str(rng.choice(asked))
+    rest = [other for other in WORDS if other != word]
+    others = rng.choice(rest, num_negatives, replace=False).tolist()
     return {
         "query_id": f"q{number}",
         "query": f"find {word}",

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.models.conftest import make_qwen3  # noqa: F401 - a fixture
 from tests.tiny_models import write_tiny_start
 from tests.training_pairs import VOCABULARY
 
