@@ -35,6 +35,7 @@ def _comma_separated(parse: Callable[[str], Any], metavar: str) -> PrimitiveCons
 
 
 IntList = Annotated[tuple[int, ...], _comma_separated(int, "INT,INT,...")]
+FloatList = Annotated[tuple[float, ...], _comma_separated(float, "FLOAT,FLOAT,...")]
 StrList = Annotated[tuple[str, ...], _comma_separated(str, "NAME,NAME,...")]
 
 Derived = Annotated[T, tyro.conf.Fixed, tyro.conf.SuppressFixed]

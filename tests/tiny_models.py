@@ -1,6 +1,7 @@
 """Random models small enough to load in a second; real architecture code, real tokenizers."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from qbatch.models.prompts import DEFAULT_INSTRUCTION
+from qbatch.models.rerank_prompts import JUDGE_START, NO, YES
 
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
@@ -59,6 +63,31 @@ def write_tiny_judge(directory: Path, *, seed: int = 0) -> Path:
         initializer_range=0.2,
     )
     Qwen3ForCausalLM(config).eval().save_pretrained(directory)
+    return directory
+
+
+def write_tiny_start(directory: Path, *, words: Sequence[str] = (), layers: int = 1) -> Path:
+    """Write config and tokenizer of a small Qwen3, without weights: what training starts from.
+
+    The tokenizer knows these words and those of the prompts, and else single characters.
+    """
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    prompts = set(re.findall("[a-z]{2,}", (JUDGE_START + DEFAULT_INSTRUCTION).lower()))
+    known = sorted(prompts | set(words) | {YES, NO, "instruct", "query", "document", "assistant"})
+    vocab = _write_tokenizer(directory, max_tokens=256, words=known, marks=marks)
+    Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    ).save_pretrained(directory)
     return directory
 
 

@@ -168,7 +168,7 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
     current = latest_generation(storage)
     with ray_session(stall_timeout_s=config.stall_timeout_s):
         pool = plan_pool(config.min_actors, config.max_actors, config.gpus_per_actor)
-        task = make_task(config, spec, compute_dtype(config.dtype, pool))
+        task = make_task(config, spec, compute_dtype(config.dtype, pool.gpus_per_actor))
         task = replace(task, corpus=resolve_config(task.corpus))
         fingerprint = embedding_fingerprint(task, spec)
         if config.vector_dtype == "int8":

@@ -281,7 +281,7 @@ class _Rerank:
         config = self.config
         with ray_session(stall_timeout_s=config.stall_timeout_s):
             pool = plan_pool(config.min_actors, config.max_actors, config.gpus_per_actor)
-            task = replace(task, dtype=compute_dtype(config.dtype, pool))
+            task = replace(task, dtype=compute_dtype(config.dtype, pool.gpus_per_actor))
             settings = scoring_fingerprint(task, models)
             task = replace(task, fingerprint=fingerprint_id(settings))
             joined = join_candidates(
