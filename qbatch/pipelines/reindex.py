@@ -44,8 +44,9 @@ class EmbedStep(EmbedCorpusConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexStep(BuildIndexConfig):
-    """The index: build_index.py of these vectors."""
+    """The index: build_index.py of these vectors; small changes go to delta shards."""
 
+    max_delta_share: float = 0.1
     vectors: Derived[str] = ""
     vectors_generation: Derived[int | None] = None
     output: Derived[str] = ""
@@ -306,7 +307,8 @@ class _Night:
         config = self.config
         embed = config.embed
         pool = plan_pool(embed.min_actors, embed.max_actors, embed.gpus_per_actor)
-        config = replace(config, embed=replace(embed, dtype=compute_dtype(embed.dtype, pool)))
+        dtype = compute_dtype(embed.dtype, pool.gpus_per_actor)
+        config = replace(config, embed=replace(embed, dtype=dtype))
         directory = model_directory(config.embed)
         self._done("vectors", directory, embed_corpus(config.embed_step(directory)))
         indexing = config.index_step(directory, self.tables["vectors"])
