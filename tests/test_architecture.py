@@ -22,6 +22,8 @@ ARROWS = {
     "report": FOUNDATION,
     "pipelines": FOUNDATION | LIBRARIES | {"cli"},
     "quickstart": FOUNDATION | LIBRARIES,
+    "reader": FOUNDATION | {"models", "index"},
+    "__main__": FOUNDATION,
     "jobs": {"cli", "pipelines"},
     **dict.fromkeys(FOUNDATION, FOUNDATION),
 }
@@ -37,8 +39,7 @@ HOMES = {
 
 LIGHT = (
     *("qbatch.schema.", "qbatch.storage.", "qbatch.manifest.", "qbatch.tables.", "qbatch.corpus."),
-    *("qbatch.release.", "qbatch.lease."),
-    *("qbatch.release.", "qbatch.lease."),
+    *("qbatch.release.", "qbatch.lease.", "qbatch.reader."),
     *("qbatch.pipelines.embed_read.", "qbatch.pipelines.embed_write."),
     *("qbatch.evaluation.", "qbatch.pipelines.evaluate."),
     *("qbatch.models.rerank_tokens.", "qbatch.pipelines.rerank_pairs."),

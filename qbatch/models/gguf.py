@@ -6,8 +6,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from qbatch.schema import ComputeDtype
 
-def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+
+def convert_gguf(file: Path, folder: Path, dtype: ComputeDtype = "float32") -> None:
     """Write weights, configuration and tokenizer of a causal language model.
 
     transformers restores the quantised weights and refuses to save a model it has restored, so a
@@ -25,5 +27,5 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -
     config = AutoConfig.from_pretrained(folder_of, gguf_file=name)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]  # transformers'
     model.load_state_dict(restored.state_dict())
-    model.to(dtype).save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(folder_of, gguf_file=name).save_pretrained(folder)

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -39,9 +39,10 @@ from qbatch.pipelines.compute_dtype import compute_dtype
 from qbatch.pipelines.embed_calibration import with_calibration
 from qbatch.pipelines.embed_estimate import Prices, estimate
 from qbatch.pipelines.embed_forward import EmbedActor
+from qbatch.pipelines.embed_known import VanishedFiles
 from qbatch.pipelines.embed_read import read_and_tokenize
 from qbatch.pipelines.embed_resume import Plan, write_units
-from qbatch.pipelines.embed_reuse import Reuse, VanishedFiles, vanished_files
+from qbatch.pipelines.embed_reuse import Reuse, vanished_files
 from qbatch.pipelines.embed_task import EmbedTask
 from qbatch.pipelines.embed_write import write_unit
 from qbatch.pipelines.finished_units import finished_units
@@ -168,28 +169,21 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
     current = latest_generation(storage)
     with ray_session(stall_timeout_s=config.stall_timeout_s):
         pool = plan_pool(config.min_actors, config.max_actors, config.gpus_per_actor)
-        task = make_task(config, spec, compute_dtype(config.dtype, pool.gpus_per_actor))
-        task = replace(task, corpus=resolve_config(task.corpus))
-        fingerprint = embedding_fingerprint(task, spec)
-        if config.vector_dtype == "int8":
-            task = with_calibration(task, storage, fingerprint, pool)
-            fingerprint["scales"] = list(task.scales)
-        task = replace(task, fingerprint=fingerprint_id(fingerprint))
+        task, fingerprint = _resolve(config, spec, storage, pool)
         plan = Plan(plan_units(task.corpus), task.unit_fingerprint)
         done = finished_units(storage, plan.keys, current)
         log.info("%d units planned, %d of them finished already", len(plan), len(done))
         progress = EmbedProgress(len(plan) - len(done))
-        vanished = None
-        if len(done) < len(plan):
-            vanished = vanished_files(
-                storage,
-                current,
-                plan.keys,
-                fingerprint=fingerprint,
-                reuse=config.reuse,
-                stall_timeout_s=config.stall_timeout_s,
-            )
-        made = list(_make_units(plan, done, task, pool, progress, vanished))
+        find_vanished = partial(
+            vanished_files,
+            storage,
+            current,
+            plan.keys,
+            fingerprint=fingerprint,
+            reuse=config.reuse,
+            stall_timeout_s=config.stall_timeout_s,
+        )
+        made = list(_make_units(plan, done, task, pool, progress, find_vanished))
     outputs = pa.concat_tables([done, pa.Table.from_pylist(made, schema=OUTPUTS)])
     counts = total_counts(outputs)
     check_bad_input(counts, config)
@@ -216,6 +210,19 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
     }
     storage.write("report.json", json.dumps(summary, indent=1).encode())
     return summary
+
+
+def _resolve(
+    config: EmbedCorpusConfig, spec: ModelSpec, storage: Storage, pool: PoolPlan
+) -> tuple[EmbedTask, dict[str, Any]]:
+    """Return what all processes need to know, with nothing left open, and the fingerprint."""
+    task = make_task(config, spec, compute_dtype(config.dtype, pool.gpus_per_actor))
+    task = replace(task, corpus=resolve_config(task.corpus))
+    fingerprint = embedding_fingerprint(task, spec)
+    if config.vector_dtype == "int8":
+        task = with_calibration(task, storage, fingerprint, pool)
+        fingerprint["scales"] = list(task.scales)
+    return replace(task, fingerprint=fingerprint_id(fingerprint)), fingerprint
 
 
 def _estimate(config: EmbedCorpusConfig, spec: ModelSpec) -> dict[str, Any]:
@@ -306,7 +313,7 @@ def _make_units(
     task: EmbedTask,
     pool: PoolPlan,
     progress: EmbedProgress,
-    vanished: VanishedFiles | None,
+    find_vanished: Callable[[], VanishedFiles | None],
 ) -> Iterator[dict[str, Any]]:
     """Run the missing units through the pipeline; yield a row of OUTPUTS for each."""
     num_pending = len(plan) - len(done)
@@ -319,7 +326,7 @@ def _make_units(
     dataset = (
         ray.data.from_arrow_refs(blocks)
         .map_batches(
-            partial(read_and_tokenize, task=task, vanished=vanished),
+            partial(read_and_tokenize, task=task, vanished=find_vanished()),
             max_retries=MAX_RETRIES,
             **unit_at_a_time,
         )

@@ -10,7 +10,7 @@ from qbatch.corpus.reading import read_unit
 from qbatch.corpus.spans import Unit
 from qbatch.models.hub import resolve_model
 from qbatch.models.tokenization import TextTokenizer, TokenizerSpec
-from qbatch.pipelines.embed_reuse import VanishedFiles, split_documents
+from qbatch.pipelines.embed_known import VanishedFiles, split_documents
 from qbatch.pipelines.embed_task import EmbedTask, unit_row
 
 

@@ -18,6 +18,7 @@ from qbatch.errors import SourceChangedError
 from qbatch.index.columns import VectorColumn
 from qbatch.index.items import ItemRows, ItemTable, needed_columns
 from qbatch.index.selecting import SelectionOptions, select_candidates
+from qbatch.index.stored import stored_shards
 from qbatch.manifest import (
     Generation,
     fingerprint_id,
@@ -30,7 +31,6 @@ from qbatch.pipelines.finished_units import finished_units
 from qbatch.pipelines.index_parts import read_part
 from qbatch.pipelines.index_resources import largest_node
 from qbatch.pipelines.search_queries import QueryBlock
-from qbatch.pipelines.search_task import stored_shards
 from qbatch.pipelines.tasks import results_as_completed
 from qbatch.pipelines.unit_files import OUTPUTS, listed_files, store_plan, write_unit_file
 from qbatch.schema import FILES, UNITS

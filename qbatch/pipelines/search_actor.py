@@ -8,16 +8,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from qbatch.index.device import use_threads
-from qbatch.index.files import read_index
-from qbatch.index.filters import filter_columns, matching_rows, parse_filter
 from qbatch.index.rescoring import StoredVectors
 from qbatch.index.searching import (
     CoarseAssignment,
@@ -27,10 +25,11 @@ from qbatch.index.searching import (
     hits_table,
     merge_hits,
 )
-from qbatch.manifest import fingerprint_id, read_verified
+from qbatch.index.stored import LoadedShard, StoredShard, load_shard
+from qbatch.manifest import fingerprint_id
 from qbatch.pipelines.index_parts import read_part
 from qbatch.pipelines.search_queries import Queries, QueryBlock
-from qbatch.pipelines.search_task import SearchTask, StoredShard
+from qbatch.pipelines.search_task import SearchTask
 from qbatch.pipelines.unit_files import (
     read_partial,
     write_partial,
@@ -146,66 +145,52 @@ def load_group(
     Where that is faster and allowed, all become one, known by the number of the first.
     """
     if not may_merge or task.options.rescore:
-        return {shard.number: load_shard(task, shard) for shard in shards}
-    index, first_ids, first_allowed = _read_shard(task, shards[0])
-    if not can_merge(index):
-        return {shard.number: load_shard(task, shard) for shard in shards}
-    ids, allowed = [first_ids], [first_allowed]
+        return {shard.number: load_searcher(task, shard) for shard in shards}
+    whole = _load(task, shards[0])
+    if not can_merge(whole.index):
+        return {shard.number: load_searcher(task, shard) for shard in shards}
+    loaded = [whole]
     for shard in shards[1:]:
-        part, part_ids, part_allowed = _read_shard(task, shard)
-        index.merge_from(part, index.ntotal)
-        ids.append(part_ids)
-        allowed.append(part_allowed)
-    whole = ShardSearcher(
-        index,
-        pa.concat_tables(ids, promote_options="permissive").combine_chunks(),
+        part = _load(task, shard)
+        whole.index.merge_from(part.index, whole.index.ntotal)
+        loaded.append(replace(part, index=whole.index))
+    merged = ShardSearcher(
+        whole.index,
+        pa.concat_tables([s.ids for s in loaded], promote_options="permissive").combine_chunks(),
         task.column.metric,
-        allowed=_joined(allowed, [len(part) for part in ids]),
+        allowed=_joined_masks(loaded),
     )
-    return {shards[0].number: whole}
+    return {shards[0].number: merged}
 
 
-def _joined(masks: Sequence[np.ndarray | None], sizes: Sequence[int]) -> np.ndarray | None:
-    """Return masks one after the other; None stands for all rows."""
-    if all(mask is None for mask in masks):
+def _joined_masks(shards: Sequence[LoadedShard]) -> np.ndarray | None:
+    """Return which rows of all shards may be found; None is all."""
+    if all(shard.allowed is None for shard in shards):
         return None
-    whole = [
-        np.ones(size, bool) if mask is None else mask
-        for mask, size in zip(masks, sizes, strict=True)
-    ]
-    return np.concatenate(whole)
+    masks = [np.ones(len(s.ids), bool) if s.allowed is None else s.allowed for s in shards]
+    return np.concatenate(masks)
 
 
-def load_shard(task: SearchTask, shard: StoredShard) -> ShardSearcher:
+def load_searcher(task: SearchTask, shard: StoredShard) -> ShardSearcher:
     """Return a shard ready to be searched, checked against the index's manifest."""
-    index, ids, allowed = _read_shard(task, shard)
+    loaded = _load(task, shard)
     return ShardSearcher(
-        index,
-        ids,
+        loaded.index,
+        loaded.ids,
         task.column.metric,
-        allowed=allowed,
+        allowed=loaded.allowed,
         rescorer=_stored_vectors(task, shard) if task.options.rescore else None,
     )
 
 
-def _read_shard(task: SearchTask, shard: StoredShard) -> tuple[Any, pa.Table, np.ndarray | None]:
-    """Return the index, the ids and which rows may be found; None is all."""
-    storage, column = Storage(task.index), task.column
-    filtered = filter_columns(task.filter) if task.filter else []
-    columns = list(dict.fromkeys(["doc_id", "passage_id", *filtered]))
-    data = read_verified(storage, shard.ids)
-    ids = pq.read_table(pa.BufferReader(data), columns=columns).combine_chunks()
-    allowed = None
-    if task.filter is not None:
-        allowed = matching_rows(ids, parse_filter(task.filter))
-    if len(task.tombstones):
-        deleted = pc.is_in(ids["doc_id"], task.tombstones).to_numpy(zero_copy_only=False)
-        allowed = ~deleted if allowed is None else allowed & ~deleted
-    if len(shard.dead):
-        allowed = np.ones(len(ids), bool) if allowed is None else allowed
-        allowed[shard.dead] = False
-    index = read_index(storage, shard.index, dim=column.dim, metric=column.metric)
-    return index, ids, allowed
+def _load(task: SearchTask, shard: StoredShard) -> LoadedShard:
+    return load_shard(
+        Storage(task.index),
+        shard,
+        task.column,
+        filter_text=task.filter,
+        tombstones=task.tombstones,
+    )
 
 
 def _stored_vectors(task: SearchTask, shard: StoredShard) -> StoredVectors:

@@ -23,6 +23,7 @@ from qbatch.index.columns import VectorColumn, check_same_space
 from qbatch.index.device import has_gpu_kernels
 from qbatch.index.filters import filter_columns
 from qbatch.index.searching import SearchOptions
+from qbatch.index.stored import StoredShard, stored_shards
 from qbatch.manifest import (
     Generation,
     latest_generation,
@@ -35,7 +36,7 @@ from qbatch.pipelines.index_resources import largest_node
 from qbatch.pipelines.search_actor import merge_block, partial_key
 from qbatch.pipelines.search_queries import QueryBlock, QuerySource, parquet_objects
 from qbatch.pipelines.search_schedule import SearchPool, plan_search, search_blocks
-from qbatch.pipelines.search_task import SearchTask, StoredShard, stored_shards
+from qbatch.pipelines.search_task import SearchTask
 from qbatch.pipelines.tasks import results_as_completed
 from qbatch.pipelines.unit_files import (
     OUTPUTS,

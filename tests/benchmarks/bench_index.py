@@ -32,10 +32,10 @@ import pyarrow.parquet as pq
 
 from qbatch.index.columns import VectorColumn
 from qbatch.index.memory import MemoryPlan
+from qbatch.index.stored import stored_shards
 from qbatch.index.training import num_training_rows
 from qbatch.manifest import latest_generation
 from qbatch.pipelines.search_schedule import needed_bytes
-from qbatch.pipelines.search_task import stored_shards
 from qbatch.storage import Storage
 from qbatch.tables import open_table
 from tests.benchmarks.bench_embed_engine import describe_machine

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qbatch.pipelines.search_task import stored_shards
+from qbatch.index.stored import stored_shards
 from qbatch.storage import Storage
 from qbatch.tables import open_table
 from tests.processes import Job, wait_until

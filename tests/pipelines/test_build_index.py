@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from qbatch.errors import ConfigError, NoInputError, QualityGateError
+from qbatch.index.stored import stored_shards
 from qbatch.manifest import latest_generation
 from qbatch.pipelines.build_index import BuildIndexConfig, build_index
-from qbatch.pipelines.search_task import stored_shards
 from qbatch.storage import Storage
 from qbatch.tables import open_table, open_vectors
 from tests.vector_tables import FINGERPRINT, clustered, rows_table, split_files, write_vectors

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from qbatch.index.stored import stored_shards
 from qbatch.manifest import load_generation
 from qbatch.pipelines.build_index import BuildIndexConfig, build_index
 from qbatch.pipelines.precompute import PrecomputeConfig, precompute
 from qbatch.pipelines.search_index import SearchIndexConfig, search_index
-from qbatch.pipelines.search_task import stored_shards
 from qbatch.storage import Storage
 from qbatch.tables import open_table, open_vectors
 from tests.vector_tables import clustered, rows_table, write_vectors

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from qbatch.index.columns import VectorColumn
+from qbatch.index.stored import stored_shards
 from qbatch.index.training import Template
 from qbatch.pipelines.build_index import BuildIndexConfig, build_index
 from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus
 from qbatch.pipelines.search_index import SearchIndexConfig, search_index
-from qbatch.pipelines.search_task import stored_shards
 from qbatch.quickstart.assets import cache_dir
 from qbatch.tables import open_table, open_vectors
 from tests import assets

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qbatch.errors import ConfigError, IntegrityError, NoInputError
+from qbatch.index.stored import stored_shards
 from qbatch.manifest import latest_generation
 from qbatch.models.embedder import EmbedderConfig
 from qbatch.models.prompts import query_prompt
@@ -19,7 +20,6 @@ from qbatch.pipelines.build_index import BuildIndexConfig, build_index
 from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus
 from qbatch.pipelines.search_index import SearchIndexConfig, search_index
 from qbatch.pipelines.search_schedule import plan_search
-from qbatch.pipelines.search_task import stored_shards
 from qbatch.schema import RUN, vector_matrix
 from qbatch.storage import Storage
 from qbatch.tables import open_table, open_vectors
