@@ -80,9 +80,8 @@ def points(total: int, wanted: int) -> list[int]:
 def kill_drivers(place: str, model: str, undisturbed: tuple[dict, int], wanted: int) -> None:
     """Kill night after night, each a bit later than the last, then let one end."""
     expected, total = undisturbed
-    old = served(place)
-    config = config_of(place, model)
-    for writes in points(total, wanted):
+    old, config = served(place), config_of(place, model)
+    for writes in points(total // 2, wanted):  # each goes on where the last one was killed
         with pytest.MonkeyPatch.context() as patch:
             DyingDriver(patch, writes)
             with pytest.raises(Killed):
