@@ -12,9 +12,13 @@ from qbatch.pipelines.reindex import (
     ReindexConfig,
     RelatedStep,
 )
+from qbatch.pipelines.release_gates import GatesConfig
 from qbatch.release import Release, open_release
 from qbatch.storage import Storage
 from qbatch.tables import PublishedTable
+
+LOOSE = GatesConfig(max_document_loss=1.0, min_overlap=0.0, max_score_drift=1.0)
+"""For corpora that change more in a night than real ones do."""
 
 WORDS = ("alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta")
 

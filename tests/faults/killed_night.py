@@ -10,7 +10,7 @@ import ray
 
 from qbatch.pipelines.reindex import PublishStep, reindex
 from tests.durable_writes import COUNTER, DRIVER, FATAL, install
-from tests.nights import night_config
+from tests.nights import LOOSE, night_config
 
 
 def main(uri: str, model: str, counter: str, fatal: str) -> None:
@@ -20,7 +20,7 @@ def main(uri: str, model: str, counter: str, fatal: str) -> None:
     ray.init(address="local", num_cpus=2, num_gpus=0, object_store_memory=2**29, runtime_env=hook)
     install()
     publish = PublishStep(lease_s=2, wait_s=120)
-    print(reindex(night_config(uri, model, publish=publish)))
+    print(reindex(night_config(uri, model, gates=LOOSE, publish=publish)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ The oracle needs no second embedding: a text has one vector, and answers are bru
 
 import shutil
 import tempfile
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from qbatch.release import latest_release, open_release, release_numbers
 from qbatch.schema import vector_matrix
 from qbatch.storage import Storage
 from tests.durable_writes import DyingDriver, Killed
-from tests.nights import Corpus, content_of, lists_of, night_config, text_of, write_queries
+from tests.nights import LOOSE, Corpus, content_of, lists_of, night_config, text_of, write_queries
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(7200)]
 
@@ -36,9 +35,8 @@ class Nights(RuleBasedStateMachine):
         self.corpus = Corpus(f"{self.uri}/corpus", num_files=3, per_file=8)
         self.corpus.write()
         write_queries(f"{self.uri}/queries.jsonl", 5)
-        config = night_config(self.uri, MODEL[0], publish=PublishStep(lease_s=1, wait_s=60))
-        loose = replace(config.gates, max_document_loss=1.0, min_overlap=0.0, max_score_drift=1.0)
-        self.config = replace(config, gates=loose)
+        publish = PublishStep(lease_s=1, wait_s=60)
+        self.config = night_config(self.uri, MODEL[0], gates=LOOSE, publish=publish)
         self.version = 0
         self.vectors: dict[str, list[float]] = {}
         self.released: dict[int, object] = {}

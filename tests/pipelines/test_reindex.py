@@ -12,9 +12,12 @@ from qbatch.errors import ConfigError, LeaseHeldError, NoInputError, QualityGate
 from qbatch.lease import hold_lease
 from qbatch.pipelines.reindex import AnswersStep, PublishStep, ReindexConfig, reindex
 from qbatch.pipelines.rollback import RollbackConfig, rollback
+from qbatch.pipelines.search_index import SearchIndexConfig, search_index
 from qbatch.pipelines.status import StatusConfig, status
+from qbatch.pipelines.vacuum import VacuumConfig, vacuum
 from qbatch.release import open_release, release_numbers
 from qbatch.storage import Storage
+from qbatch.tables import open_table
 from tests.nights import Corpus, content_of, night_config, served, text_of, write_queries
 from tests.tiny_models import write_tiny_encoder
 
@@ -173,6 +176,46 @@ def test_another_model_is_tried_beside_the_one_that_serves(
     assert content_of(open_release(config.output, served_before.number)) is not None
     with pytest.raises(NoInputError, match="no release 99"):
         reindex(replace(config, compare_to=99))
+
+
+def test_after_a_vacuum_every_kept_release_reads_and_searches_as_before(
+    first, config, place, corpus, tmp_path
+):
+    """On top of whatever the tests before left: generations that failed, rollbacks, two models."""
+    corpus.files["004.jsonl"]["d40"] = text_of(40, version=2)
+    corpus.write()
+    newest = reindex(config)["release"]
+    kept = release_numbers(Storage(config.output))[-2:]
+    assert kept[-1] == newest
+    before = {number: content_of(open_release(config.output, number)) for number in kept}
+    found = {n: searched(config, place, n, f"{tmp_path}/before{n}") for n in kept}
+    opened = open_release(config.output, kept[0])
+    summary = vacuum(VacuumConfig(output=config.output, keep=2, min_age_hours=0))
+    assert (summary["releases"], summary["objects"] > 0) == (kept, True)
+    for number in kept:
+        assert content_of(open_release(config.output, number)) == before[number]
+        assert searched(config, place, number, f"{tmp_path}/after{number}") == found[number]
+    assert content_of(opened) == before[kept[0]]
+    again = reindex(config)
+    assert (again["released"], again["vectors"]["units_made"]) == (False, 0)
+
+
+def searched(config: ReindexConfig, place: str, number: int, output: str) -> list[dict]:
+    """Search the index of a release for its own documents, with exact scores."""
+    release = open_release(config.output, number)
+    vectors, index = release.tables["vectors"], release.tables["index"]
+    search_index(
+        SearchIndexConfig(
+            index=f"{config.output}/{index.path}",
+            index_generation=index.generation,
+            queries=f"{config.output}/{vectors.path}",
+            queries_generation=vectors.generation,
+            output=output,
+            top_k=3,
+            rescore=2,
+        )
+    )
+    return sorted(open_table(output).to_table().to_pylist(), key=str)
 
 
 def test_a_second_night_leaves_with_code_5(config):
