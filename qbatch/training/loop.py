@@ -128,6 +128,7 @@ def train(task: TrainTask, settings: Settings) -> None:
     stages = plan_stages(task.stages, world.size)
     with tempfile.TemporaryDirectory() as scratch:
         path = starting_model(task.start, settings.kind, Path(scratch))
+        torch.manual_seed(task.seed)  # adapters begin at random
         _Run(task, settings.build(path, task, device), stages, world, device).finish()
 
 
