@@ -190,6 +190,27 @@ QRELS = pa.schema(
 )
 """Judgements; documents that are not listed are not relevant."""
 
+TRAINING_PAIRS = pa.schema(
+    [
+        pa.field("query_id", pa.large_string()),
+        pa.field("query", pa.large_string(), nullable=False),
+        pa.field("doc_id", pa.large_string()),
+        pa.field("document", pa.large_string(), nullable=False),
+        pa.field("negatives", pa.large_list(pa.large_string())),
+        pa.field("negative_ids", pa.large_list(pa.large_string())),  # of each negative, or null
+        pa.field("instruction", pa.large_string()),  # of the query; null: the model's own
+        pa.field("document_instruction", pa.large_string()),  # null, but for symmetric tasks
+        pa.field("task", pa.string()),  # retrieval, bitext, similarity, classification
+        pa.field("score", pa.float32()),  # cosine of query and document, by the model that filtered
+    ]
+)
+"""A query, a document that answers it and hard negatives that do not; further columns may follow.
+
+All but ``query`` and ``document`` may be null or absent. Texts carry no prompt: a query with an
+instruction gets the prompt of its model, and so does a document with one. Two documents are the
+same if their texts or their ids are. Rows of one instruction and task share batches.
+"""
+
 
 def vector_column_names(dims: Sequence[int]) -> list[str]:
     """Return the column of each width: ``vector`` for the first, ``vector_<dim>`` for the rest."""
