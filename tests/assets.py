@@ -20,6 +20,11 @@ def qwen3_tokenizer() -> Path:
     return _require("qwen3-tokenizer")
 
 
+def smollm2() -> Path:
+    """Return the model folder of SmolLM2-135M-Instruct."""
+    return _require("smollm2")
+
+
 def debian_descriptions() -> Path:
     """Return the JSONL file of Debian package descriptions."""
     return _require("debian-descriptions")

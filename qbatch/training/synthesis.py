@@ -137,7 +137,7 @@ def parse_configuration(text: str, wish: Wish) -> Configuration:
             WRONG_FIELDS, f"character is {number!r}, not 1 to {len(wish.characters)}"
         )
     for key, options in (("question_type", QUESTION_TYPES), ("difficulty", DIFFICULTIES)):
-        if found[key] not in options:
+        if not isinstance(found[key], str) or found[key] not in options:
             raise ResponseError(WRONG_FIELDS, f"{key} is {found[key]!r}, not of {list(options)}")
     return Configuration(
         character=wish.characters[number - 1],
