@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
 )
 
 from qbatch.models.prompts import DEFAULT_INSTRUCTION
@@ -88,6 +89,26 @@ def write_tiny_start(directory: Path, *, words: Sequence[str] = (), layers: int 
         tie_word_embeddings=True,
         initializer_range=0.1,
     ).save_pretrained(directory)
+    return directory
+
+
+def write_tiny_qwen3_embedder(directory: Path, tokenizer: Path, *, seed: int = 0) -> Path:
+    """Write a one-layer Qwen3 embedder with the tokenizer of another directory."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=151_669,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    )
+    Qwen3Model(config).eval().save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).symlink_to(tokenizer / name)
     return directory
 
 

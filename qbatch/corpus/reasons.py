@@ -28,12 +28,22 @@ MISSING_QUERY = "missing_query"
 NON_FINITE_SCORE = "non_finite_score"
 """The model gave NaN or infinity for a pair."""
 
+EVALUATION_LEAK = "evaluation_leak"
+"""The query of a training pair is, or nearly is, one of an evaluation set."""
+LOW_COSINE = "low_cosine"
+"""Query and document of a training pair are less similar than was asked for."""
+EXACT_DUPLICATE = "exact_duplicate"
+NEAR_DUPLICATE = "near_duplicate"
+"""An earlier training pair says the same, or nearly the same."""
+
 FILE_REASONS = frozenset(
     {CORRUPT_FILE, EMPTY_FILE, MISSING_TEXT_COLUMN, TEXT_COLUMN_TYPE, TRUNCATED_STREAM}
 )
 """Reasons that concern an object as a whole; their rejects have no row and count no row."""
 
-DROPPED_REASONS = frozenset({EMPTY_TEXT})
+DROPPED_REASONS = frozenset(
+    {EMPTY_TEXT, EVALUATION_LEAK, LOW_COSINE, EXACT_DUPLICATE, NEAR_DUPLICATE}
+)
 """Reasons that follow a rule and are not faults: such rows never fail a job."""
 
 

@@ -1,10 +1,10 @@
-"""The evaluate job: a run and judgements become metrics, alone or beside another run."""
+"""The evaluate job: a run, or models on evaluation sets, become metrics."""
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from qbatch.evaluation.comparison import compare
 from qbatch.evaluation.metrics import Judgements, Metric, parse_metrics, score_queries
 from qbatch.evaluation.ranking import rank_documents
 from qbatch.evaluation.reading import read_qrels, read_run
+from qbatch.schema import ComputeDtype
 from qbatch.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -24,11 +25,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """Measure a run against judgements."""
+    """Measure a run against judgements, or models on evaluation sets."""
 
-    run: str
+    run: str | None = None
     """Run to measure: a published table, or a TREC, TSV, JSONL or Parquet file."""
-    qrels: str
+    qrels: str | None = None
     """Judgements: the same forms, or a folder in the layout of BEIR."""
     metrics: StrList = ("ndcg@10", "recall@100", "mrr@10", "map")
     """ndcg, mrr, map, with or without @K; recall@K, precision@K, success@K."""
@@ -39,10 +40,44 @@ class EvaluateConfig:
     seed: int = 0
     """Seed of the randomisation test."""
     output: str | None = None
-    """Directory for report.json and per_query.parquet; None writes no files."""
+    """Directory for report.json, and per_query.parquet or tasks.parquet; None writes no files."""
+    model: str | None = None
+    """Embedder to measure on --datasets, instead of --run and --qrels: directory or hub id."""
+    datasets: StrList = ()
+    """Folders in the layout of BEIR, small enough for exact search in this process."""
+    revision: str | None = None
+    """Commit of a hub id."""
+    dim: int | None = None
+    """Leading components of the vectors (Matryoshka); None is all."""
+    reranker: str | None = None
+    """Reranker to measure on what the embedder finds: directory or hub id."""
+    reranker_revision: str | None = None
+    """Commit of a hub id."""
+    rerank_depth: int = 100
+    """Documents of a query that the reranker sees."""
+    instruction: str | None = None
+    """Task sentence of sets that --instructions does not name; None is the model's own."""
+    instructions: str | None = None
+    """JSON file with the task sentence of each set by its folder's name."""
+    dtype: Literal["auto"] | ComputeDtype = "auto"
+    """Compute dtype; auto is bfloat16 where the processor has it, else float32."""
 
     def __post_init__(self) -> None:
         parse_metrics(self.metrics)
+        if (self.run is None) == (self.model is None):
+            raise ConfigError(
+                f"--run={self.run} and --model={self.model}: give one of them, the run to measure "
+                "or the embedder"
+            )
+        if (self.run is None) != (self.qrels is None) or (self.model is None) != (
+            not self.datasets
+        ):
+            raise ConfigError(
+                f"--run={self.run} goes with --qrels={self.qrels}, --model={self.model} with "
+                f"--datasets={','.join(self.datasets)}; give both of either"
+            )
+        if self.rerank_depth < 1:
+            raise ConfigError(f"rerank_depth is {self.rerank_depth}; give 1 or more")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; give 0 or more")
 
@@ -63,6 +98,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         QbatchError: Each subclass ends the job with its own exit code; see qbatch.errors.
     """
+    if config.run is None or config.qrels is None:
+        return _evaluate_models(config)
     metrics = parse_metrics(config.metrics)
     judgements = Judgements.from_table(read_qrels(config.qrels, config.split))
     measured = _measure(config.run, judgements, metrics)
@@ -86,7 +123,32 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     log.info("%d judged queries\n%s", summary["queries"], format_table(summary))
     if config.output is not None:
         values = _per_query(judgements, metrics, measured, other)
-        _write(Storage(config.output), summary, values)
+        _write(Storage(config.output), summary, ("per_query.parquet", values))
+    return summary
+
+
+def _evaluate_models(config: EvaluateConfig) -> dict[str, Any]:
+    # Measuring a run loads no model and no torch.
+    from qbatch.pipelines import evaluate_model as models  # noqa: PLC0415
+
+    under_test = models.ModelsUnderTest(
+        datasets=config.datasets,
+        model=str(config.model),
+        revision=config.revision,
+        dim=config.dim,
+        reranker=config.reranker,
+        reranker_revision=config.reranker_revision,
+        rerank_depth=config.rerank_depth,
+        instruction=config.instruction,
+        instructions=models.read_instructions(config.instructions),
+        dtype=config.dtype,
+        split=config.split,
+    )
+    summary = models.measure_models(under_test, parse_metrics(config.metrics))
+    log.info("%d sets\n%s", len(config.datasets), models.format_tasks(summary))
+    if config.output is not None:
+        values = models.tasks_table(summary)
+        _write(Storage(config.output), summary, ("tasks.parquet", values))
     return summary
 
 
@@ -168,8 +230,9 @@ def _per_query(
     return pa.table(columns)
 
 
-def _write(storage: Storage, summary: dict[str, Any], values: pa.Table) -> None:
+def _write(storage: Storage, summary: dict[str, Any], table: tuple[str, pa.Table]) -> None:
+    name, values = table
     sink = pa.BufferOutputStream()
     pq.write_table(values, sink)
-    storage.write("per_query.parquet", sink.getvalue().to_pybytes())
+    storage.write(name, sink.getvalue().to_pybytes())
     storage.write("report.json", json.dumps(summary, indent=1).encode())

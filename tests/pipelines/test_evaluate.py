@@ -172,4 +172,8 @@ def test_bad_settings_are_refused_before_anything_is_read(flags, message):
 
 def test_flags():
     names = [field.name for field in fields(EvaluateConfig)]
-    assert names == ["run", "qrels", "metrics", "compare_to", "split", "seed", "output"]
+    assert names == [
+        *("run", "qrels", "metrics", "compare_to", "split", "seed", "output"),
+        *("model", "datasets", "revision", "dim", "reranker", "reranker_revision"),
+        *("rerank_depth", "instruction", "instructions", "dtype"),
+    ]
