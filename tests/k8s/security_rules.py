@@ -212,7 +212,8 @@ def _granted(documents: list[Document]) -> dict[str, set[tuple[str, str]]]:
             for name in rule.get("resourceNames", [""])
         }
         for subject in binding["subjects"]:
-            granted.setdefault(subject["name"], set()).update(rights)
+            if subject.get("namespace") == binding["metadata"]["namespace"]:
+                granted.setdefault(subject["name"], set()).update(rights)
     return granted
 
 

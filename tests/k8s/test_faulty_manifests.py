@@ -206,6 +206,9 @@ A_NIGHT_WOULD_FAIL: dict[str, tuple[Fault, str]] = {
     "a starter bound to nothing": (
         lambda d: d.remove(named(d, "RoleBinding", "qbatch-starter")),
         "may not get raycronjobs/qbatch-night"),
+    "a starter of another namespace": (
+        lambda d: named(d, "RoleBinding", "qbatch-starter")["subjects"][0].update(namespace="x"),
+        "may not get raycronjobs/qbatch-night"),
     "a starter without token": (
         lambda d: starter(d).update(automountServiceAccountToken=False), "CronJob/.*: has no tok"),
     "an autoscaler without token": (
