@@ -46,6 +46,7 @@ LIGHT = (
     *("qbatch.pipelines.rerank_sources.", "qbatch.pipelines.rerank_lists."),
     *("qbatch.pipelines.rerank_shuffle.", "qbatch.pipelines.rerank_join."),
     *("qbatch.pipelines.rerank_read.", "qbatch.pipelines.rerank_write."),
+    "qbatch.training.pairs.",
 )
 """What listings, readers and CPU stages import; a thousand of their processes share machines."""
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
+from qbatch.cli import parse
 from qbatch.errors import BadInputError, ConfigError, NoInputError
 from qbatch.pipelines.train_embedder import TrainEmbedderConfig, train_embedder
 from qbatch.pipelines.train_reranker import TrainRerankerConfig, train_reranker
@@ -168,3 +169,12 @@ def test_stages_take_one_value_or_one_each(start, tmp_path):
     assert [stage.num_negatives for stage in stages] == [0, 7]
     assert [stage.batch_size for stage in stages] == [8, 8]
     assert all(stage.pairs.startswith("/") for stage in stages)
+
+
+def test_flags_make_the_config():
+    flags = ["--pairs=a,b", "--output=o", "--model=m", "--learning-rate=1e-4,2e-5", "--epochs=1,2"]
+    config = parse(TrainEmbedderConfig, [*flags, "--dims=32,8", "--no-other-negatives"])
+    assert config.pairs == ("a", "b")
+    assert [stage.learning_rate for stage in config.stages()] == [1e-4, 2e-5]
+    assert config.settings().loss.dims == (32, 8)
+    assert not config.settings().loss.other_negatives
