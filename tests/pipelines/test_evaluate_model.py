@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -108,7 +109,7 @@ def test_a_reranker_orders_what_was_found(tmp_path, tiny_model, tiny_judge, capl
     )
     with caplog.at_level("INFO"):
         summary = evaluate(config)
-    reranker = RerankerConfig(model_path=tiny_judge, dtype="float32").build()
+    reranker = RerankerConfig(model_path=Path(tiny_judge), dtype="float32").build()
     values = []
     for name, order in rankings(tiny_model, documents, queries).items():
         texts = [documents[d] for d in order[:7]]

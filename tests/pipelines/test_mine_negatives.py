@@ -1,6 +1,7 @@
 """The mining job in this process against plain loops over all documents."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
@@ -164,7 +165,7 @@ def test_a_judge_drops_what_it_finds_relevant(index_uri, tmp_path, tiny_model, t
         index_uri, tmp_path / "judged", judge=tiny_judge, dtype="float32", max_ratio=None
     )
     documents = {d["doc_id"]: d["text"] for d in texts[0]}
-    reranker = RerankerConfig(model_path=tiny_judge, dtype="float32").build()
+    reranker = RerankerConfig(model_path=Path(tiny_judge), dtype="float32").build()
     judged = {}
     for pair in texts[1]:
         ids = eligible([texts[0], [pair]], tiny_model, config).get(pair["doc_id"], [])
