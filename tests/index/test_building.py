@@ -36,7 +36,7 @@ def test_streamed_parts_make_the_index_of_the_whole():
     whole = train_template("IVF8,Flat", "l2", VECTORS, seed=0)
     whole.add(VECTORS)
     assert Template.of(built.index).sha256 == Template.of(whole).sha256
-    assert built.ids.column_names == ["doc_id", "passage_id", "lang"]
+    assert built.ids.column_names == ["doc_id", "passage_id", "content_hash", "lang"]
     assert built.ids["doc_id"].to_pylist() == DOC_IDS
     assert (built.facts["rows"], built.facts["documents"]) == (ROWS, ROWS // 3)
     assert built.facts["lists"]["largest"] >= ROWS / 8
