@@ -44,9 +44,16 @@ def query_for(passage: str) -> str:
     return "about " + " ".join(passage.split()[:3])
 
 
+def passage_of(user: str) -> str:
+    """Return the passage of any of the templates."""
+    if user.endswith("\nQuery:"):
+        return user.rpartition("Passage: ")[2].removesuffix("\nQuery:")
+    return user.partition("Passage:\n")[2].partition("\n\n")[0]
+
+
 def answer_to(system: str, user: str) -> str:
     """Return the right answer to a prompt."""
-    passage = user.partition("Passage:\n")[2].partition("\n\n")[0]
+    passage = passage_of(user)
     if '"character"' in system:
         number = 1 + len(passage) % 5
         chosen = {"character": number, "question_type": "summary", "difficulty": "phd"}
@@ -107,8 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif fate_of(prompt) == "fenced" and text.startswith("{"):
                 text = f"<think>\nlet me see\n</think>\n```json\n{text}\n```"
             with state.lock:
-                passage = user.partition("Passage:\n")[2].partition("\n\n")[0]
-                state.passages[passage] += 1
+                state.passages[passage_of(user)] += 1
             self._completion(text, "length" if "endless" in user else "stop")
 
     def _misbehave(self, fate: str) -> bool:

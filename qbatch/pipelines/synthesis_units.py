@@ -262,7 +262,7 @@ class Synthesizer:
             self.stats.retries += len(requests) if attempt else 0
             replies = self._engine.complete(requests)
             for draft, reply in zip(pending, replies, strict=True):
-                _receive(draft, reply, take)
+                _receive(draft, reply, take, plain=self._task.plain)
             pending = [d for d in pending if d.reason is not None and not _is_final(d)]
 
     def _request(
@@ -305,17 +305,20 @@ def _is_final(draft: _Draft) -> bool:
     return draft.reason in _FINAL
 
 
-def _receive(draft: _Draft, reply: ChatReply, take: Callable[[_Draft, str], None]) -> None:
+def _receive(
+    draft: _Draft, reply: ChatReply, take: Callable[[_Draft, str], None], *, plain: bool
+) -> None:
     draft.attempts += 1
     draft.raw = reply.text
     if reply.reason is not None:
         draft.reason, draft.detail = reply.reason, reply.detail
         return
     try:
+        if plain and reply.is_cut and "\n" not in reply.text.strip():
+            raise ResponseError(CUT_RESPONSE, "the line goes on beyond the longest answer")
         take(draft, reply.text)
     except ResponseError as error:
-        cut = reply.is_cut and draft.text is None
-        draft.reason = CUT_RESPONSE if cut else error.reason
+        draft.reason = CUT_RESPONSE if reply.is_cut else error.reason
         draft.detail = str(error)
     else:
         draft.reason = None

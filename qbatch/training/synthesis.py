@@ -46,6 +46,9 @@ DIFFICULTIES: Mapping[str, str] = {
 _WORDS: Mapping[str, tuple[int, int]] = {"keywords": (2, 6)}
 _OTHER_WORDS = (6, 20)
 
+_MAX_COPIED = 10
+"""Spaces between words that a query may take over from the passage in one piece."""
+
 _MAX_CHARACTERS = 1000
 """Of a query; what is longer answers something else."""
 
@@ -164,8 +167,10 @@ def text_prompt(
     else:
         form = f'Answer with one JSON object and nothing else: {{"{key}": "..."}}.'
     language = f"in {wish.language}" if wish.language else "in the language of the passage"
+    if kind == "retrieval" and plain:
+        return _plain_query_prompt(passage, wish, configuration)
     if kind == "retrieval":
-        return _query_prompt(passage, wish, configuration, language, form, plain=plain)
+        return _query_prompt(passage, wish, configuration, language, form)
     task = {
         "bitext": f"Translate the passage, all of it, and write {language}.",
         "similarity": f"Say the same as the passage in other words, {language}. Keep every fact, "
@@ -176,29 +181,66 @@ def text_prompt(
     return f"{task} {form}", f"Passage:\n{passage}"
 
 
+def _plain_query_prompt(passage: str, wish: Wish, configuration: Configuration) -> tuple[str, str]:
+    """Return a prompt that shows by examples what is wanted: small models follow nothing else."""
+    shown = "\n\n".join(
+        f"Passage: {text}\nQuery: {queries[configuration.question_type]}"
+        for text, queries in _EXAMPLES
+    )
+    language = f" Write the last query in {wish.language}." if wish.language else ""
+    one_line = " ".join(passage.split())
+    return (
+        "You write the search query to which a passage is the answer. Answer with the query only, "
+        f"on one line.{language}",
+        f"{shown}\n\nPassage: {one_line}\nQuery:",
+    )
+
+
+_EXAMPLES: Sequence[tuple[str, Mapping[str, str]]] = (
+    (
+        "Honey keeps for years because it holds so little water that bacteria cannot grow in it. "
+        "Its acid and a trace of hydrogen peroxide help.",
+        {
+            "keywords": "honey shelf life bacteria",
+            "acquire_knowledge": "why does honey not go bad",
+            "summary": "what preserves honey",
+            "yes_or_no": "can honey be eaten after several years",
+            "background": "what is it in honey that stops bacteria",
+        },
+    ),
+    (
+        "The wheel lock of a bicycle is fixed to the frame behind the saddle. Turning its key "
+        "pushes a bolt between the spokes, so the wheel cannot turn.",
+        {
+            "keywords": "bicycle frame wheel lock",
+            "acquire_knowledge": "how does a wheel lock on a bike work",
+            "summary": "function of a bicycle wheel lock",
+            "yes_or_no": "does a wheel lock stop the spokes of a bike",
+            "background": "where on a bicycle frame is the wheel lock fixed and why",
+        },
+    ),
+    (
+        "Xylotree is a command-line program that draws the folders of a disk as a tree and marks "
+        "the largest files. It reads ext4 and NTFS.",
+        {
+            "keywords": "command line disk usage tree ntfs",
+            "acquire_knowledge": "which program finds the largest files on a disk",
+            "summary": "tool that shows folders as a tree",
+            "yes_or_no": "is there a program that shows ntfs folders as a tree",
+            "background": "what are command line tools for full disks good for",
+        },
+    ),
+)
+"""Passages, and a query of each type."""
+
+
 def _query_prompt(
-    passage: str,
-    wish: Wish,
-    configuration: Configuration,
-    language: str,
-    form: str,
-    *,
-    plain: bool,
+    passage: str, wish: Wish, configuration: Configuration, language: str, form: str
 ) -> tuple[str, str]:
     least, most = _WORDS.get(configuration.question_type, _OTHER_WORDS)
     rng = np.random.default_rng([wish.seed, 2])
     length = int(rng.integers(least, most + 1))
     type_meaning = QUESTION_TYPES[configuration.question_type]
-    if plain:
-        system = (
-            "You write search queries. A good query names what the passage is about, so that this "
-            f"passage and no other is found. {form}"
-        )
-        in_language = f" {language}" if wish.language else ""
-        return system, (
-            f"Passage:\n{passage}\n\nWrite one search query{in_language} that this passage "
-            f"answers: {type_meaning}, about {length} words."
-        )
     system = (
         "You write search queries. You are given a person, a passage and requirements. Write the "
         "query that this person would type, without having seen the passage, and to which the "
@@ -229,7 +271,8 @@ def parse_text(kind: TaskKind, text: str, passage: str, *, plain: bool) -> str:
         raise ResponseError(UNUSABLE_TEXT, f"{key} {found!r} has no letters")
     if kind in ("retrieval", "classification") and len(found) > _MAX_CHARACTERS:
         raise ResponseError(UNUSABLE_TEXT, f"{key} has {len(found)} characters")
-    if normalised(found) == normalised(passage):
+    own, given = normalised(found), normalised(passage)
+    if own == given or (kind == "retrieval" and own in given and own.count(" ") >= _MAX_COPIED):
         raise ResponseError(UNUSABLE_TEXT, f"{key} repeats the passage")
     return found
 

@@ -25,6 +25,7 @@ from qbatch.training.synthesis import (
 WISH = Wish(language="German", characters=["a nurse", "a cook", "a pilot"], seed=5)
 CHOSEN = {"character": 2, "question_type": "summary", "difficulty": "phd"}
 PASSAGE = "Copper conducts heat."
+COPIED = "a long sentence of many words that the passage says just like this here"
 
 
 def test_a_configuration_is_read_as_it_was_asked_for():
@@ -96,8 +97,8 @@ def test_a_plain_answer_is_its_first_line_without_trimmings(answer, wanted):
     [
         ("", True, UNUSABLE_TEXT),
         ("?!", True, UNUSABLE_TEXT),
-        ("copper  conducts HEAT!", True, UNUSABLE_TEXT),
         ("x" * 1001, True, UNUSABLE_TEXT),
+        (COPIED, True, UNUSABLE_TEXT),
         ('{"query": ""}', False, UNUSABLE_TEXT),
         ('{"query": 7}', False, WRONG_FIELDS),
         ('{"question": "heat"}', False, WRONG_FIELDS),
@@ -106,8 +107,19 @@ def test_a_plain_answer_is_its_first_line_without_trimmings(answer, wanted):
 )
 def test_texts_that_say_nothing_are_refused(answer, plain, reason):
     with pytest.raises(ResponseError) as caught:
-        parse_text("retrieval", answer, PASSAGE, plain=plain)
+        parse_text("retrieval", answer, f"{PASSAGE} {COPIED}.", plain=plain)
     assert caught.value.reason == reason
+
+
+def test_the_passage_itself_is_no_query():
+    with pytest.raises(ResponseError, match="repeats the passage"):
+        parse_text("retrieval", "copper  conducts HEAT!", PASSAGE, plain=True)
+
+
+def test_a_few_words_of_the_passage_are_no_copy():
+    words = " ".join(COPIED.split()[:6])
+    assert parse_text("retrieval", words, COPIED, plain=True) == words
+    assert parse_text("similarity", COPIED, f"x {COPIED}", plain=True) == COPIED
 
 
 def test_sampled_configurations_follow_the_seed_and_use_every_option():
@@ -132,7 +144,9 @@ def test_the_query_prompt_states_every_requirement():
         assert part in user
     plain_system, plain_user = text_prompt("retrieval", PASSAGE, WISH, configuration, plain=True)
     assert "JSON" not in plain_system + plain_user
-    assert "in German" in plain_user
+    assert "in German" in plain_system
+    assert plain_user.endswith(f"Passage: {PASSAGE}\nQuery:")
+    assert "what preserves honey" in plain_user  # the example of a summary
 
 
 @pytest.mark.parametrize(
