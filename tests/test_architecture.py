@@ -46,12 +46,9 @@ LIGHT = (
     *("qbatch.pipelines.rerank_sources.", "qbatch.pipelines.rerank_lists."),
     *("qbatch.pipelines.rerank_shuffle.", "qbatch.pipelines.rerank_join."),
     *("qbatch.pipelines.rerank_read.", "qbatch.pipelines.rerank_write."),
-<<<<<<< HEAD
     "qbatch.training.pairs.",
-=======
     *("qbatch.pipelines.pair_source.", "qbatch.pipelines.pair_decisions."),
     *("qbatch.training.near_duplicates.", "qbatch.training.synthesis.", "qbatch.models.chat."),
->>>>>>> pairs
 )
 """What listings, readers and CPU stages import; a thousand of their processes share machines."""
 
