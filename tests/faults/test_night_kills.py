@@ -20,7 +20,7 @@ from tests.durable_writes import DyingDriver, Killed
 from tests.nights import LOOSE, Corpus, content_of, night_config, served, text_of, write_queries
 from tests.processes import ROOT
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KILLS = PublishStep(lease_s=1.5, wait_s=120)
 
@@ -99,7 +99,6 @@ def test_a_killed_driver_leaves_the_old_release_and_the_next_night_ends_the_work
     kill_drivers(place, tiny_model, undisturbed, wanted=3)
 
 
-@pytest.mark.slow
 def test_a_driver_killed_at_any_of_its_writes(place, before, tiny_model, undisturbed):
     """Every write is the last of some night, each from the same start."""
     expected, total = undisturbed
@@ -136,7 +135,6 @@ def run_killed(uri: str, model: str, fatal: int, folder: Path) -> tuple[int, int
     return code, counter.stat().st_size
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_night_killed_at_a_write_of_any_process(place, before, tiny_model, undisturbed, tmp_path):
     expected, _ = undisturbed

@@ -128,13 +128,14 @@ def test_every_stored_width_is_copied_and_kept_columns_are_those_of_now(config, 
     assert_as_from_scratch(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_another_model_made_is_not_taken(config):
     first = embed_corpus(config)
     other = replace(config, max_tokens=48)
     assert embed_corpus(other)["passages_embedded"] > first["passages"]
 
 
-@pytest.mark.parametrize("damage", ["gone", "flipped"])
+@pytest.mark.parametrize("damage", [pytest.param("gone", marks=pytest.mark.slow), "flipped"])
 def test_a_damaged_source_is_embedded_again(config, damage, tmp_path):
     embed_corpus(config)
     storage = Storage(config.output)
@@ -151,6 +152,7 @@ def test_a_damaged_source_is_embedded_again(config, damage, tmp_path):
     assert_as_from_scratch(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_bad_rows_beside_known_ones_are_still_rejected(config, tmp_path):
     config = replace(config, max_bad_fraction=0.5)
     embed_corpus(config)

@@ -222,6 +222,7 @@ def test_a_template_that_no_longer_fits_is_trained_again(config, corpus):
     assert second["num_shards"] == second["shards_made"] == 4
 
 
+@pytest.mark.slow
 def test_related_documents_after_nights_are_those_of_a_fresh_index(config, corpus, tmp_path):
     config = replace(config, factory="Flat")
     build_index(config)

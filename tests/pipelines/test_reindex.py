@@ -178,6 +178,7 @@ def test_another_model_is_tried_beside_the_one_that_serves(
         reindex(replace(config, compare_to=99))
 
 
+@pytest.mark.slow
 def test_after_a_vacuum_every_kept_release_reads_and_searches_as_before(
     first, config, place, corpus, tmp_path
 ):
