@@ -38,6 +38,7 @@ test: assets ## run the tests (minutes)
 	@$(PYTEST)
 
 test-slow: assets ## run the tests that take longer than a minute
+	@$(ASSETS) debian-descriptions smollm2 qwen2.5-coder perlfaq >/dev/null || echo "some assets are missing: their tests skip"
 	@$(PYTEST) -m slow --timeout=1800
 
 faults: assets ## kill processes at random moments and check that nothing is lost

@@ -22,12 +22,12 @@ pytestmark = [
     pytest.mark.usefixtures("ray_cluster"),
 ]
 
-NUM_QUESTIONS, TOP_K, ANSWER_CHARACTERS = 100, 20, 600
+NUM_QUESTIONS, TOP_K, ANSWER_CHARACTERS = 40, 10, 600
 
 
 @pytest.fixture(scope="module")
 def searched(ray_cluster, tmp_path_factory) -> Path:
-    """All answers of the Perl FAQ as documents, and 100 questions searched in them by MiniLM."""
+    """All answers of the Perl FAQ as documents, and some questions searched in them by MiniLM."""
     folder = tmp_path_factory.mktemp("perlfaq")
     lines = assets.perlfaq().read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -78,12 +78,12 @@ def reranked(folder: Path, model: Path, **settings: object) -> str:
 
 def ndcg(folder: Path, run: str) -> float:
     config = EvaluateConfig(run=run, qrels=f"{folder}/qrels.tsv")
-    return evaluate(config)["metrics"]["ndcg@10"]["mean"]
+    return evaluate(config)["metrics"]["ndcg@10"]
 
 
 def test_query_likelihood_lifts_the_first_stage(searched, capsys):
     model = assets.smollm2()
-    output = reranked(searched, model, scorer="query-likelihood", max_tokens=256)
+    output = reranked(searched, model, scorer="query-likelihood", max_tokens=224)
     before, after = ndcg(searched, f"{searched}/run"), ndcg(searched, output)
     with capsys.disabled():
         print(f"\n{NUM_QUESTIONS} questions, nDCG@10: MiniLM {before:.3f}, SmolLM2 {after:.3f}")
@@ -93,11 +93,11 @@ def test_query_likelihood_lifts_the_first_stage(searched, capsys):
 def test_yes_and_no_of_a_real_model(searched, capsys):
     """Zero-shot, a small model judges weakly; but the answer gets more of a yes than the rest."""
     model = assets.qwen25_coder()
-    output = reranked(searched, model, scorer="yes-no", max_tokens=256, cascade=("5",))
+    output = reranked(searched, model, scorer="yes-no", max_tokens=224, cascade=("3",))
     rows = open_table(output).to_table().to_pylist()
     own = [row["log_odds"] for row in rows if row["doc_id"] == row["query_id"]]
     others = [row["log_odds"] for row in rows if row["doc_id"] != row["query_id"]]
-    assert len(rows) == NUM_QUESTIONS * 5
+    assert len(rows) == NUM_QUESTIONS * 3
     assert all(0 < row["score"] < 1 for row in rows)
     mean, mean_others = sum(own) / len(own), sum(others) / len(others)
     with capsys.disabled():
