@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qbatch.corpus.config import CorpusConfig
 from qbatch.corpus.reading import read_unit
@@ -445,7 +446,7 @@ def write_pairs(batch: pa.Table, *, task: SynthesisTask) -> pa.Table:
     unit_key = batch["unit_key"][0].as_py()
     stats = json.loads(batch["stats"][0].as_py())
     documents, drafts = unit_table(batch, "documents"), unit_table(batch, "drafts")
-    good = drafts.filter(pa.array([text is not None for text in drafts["text"].to_pylist()]))
+    good = drafts.filter(pc.is_valid(drafts["text"]))
     used = set(good["document"].to_pylist())
     failed = {row["document"]: row for row in drafts.to_pylist() if row["document"] not in used}
     lost = documents.take(pa.array(list(failed), pa.int64()))

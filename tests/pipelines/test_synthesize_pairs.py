@@ -60,7 +60,7 @@ def make_config(uri: str, **settings) -> SynthesizePairsConfig:
             "output": f"{uri}/pairs",
             "model": "m",
             "title_column": "title",
-            "unit_bytes": 10,
+            "unit_bytes": 1000,
             **settings,
         }
     )
@@ -189,7 +189,7 @@ def test_a_killed_job_goes_on_and_asks_for_each_document_once(tmp_path):
             "output": f"{tmp_path}/pairs",
             "model": "m",
             "title_column": "title",
-            "unit_bytes": 10,
+            "unit_bytes": 1000,
             "endpoint": endpoint,
             "concurrency": 2,
         }
