@@ -11,6 +11,9 @@ import s3fs
 
 from tests.processes import free_port, wait_for_url
 
+# Many processes share few cores here: threads that spin while they wait would starve the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
