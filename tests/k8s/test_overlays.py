@@ -6,6 +6,8 @@ import tomllib
 
 import pytest
 
+from qbatch.cli import parse
+from qbatch.pipelines.reindex import ReindexConfig
 from tests.k8s import objects
 from tests.k8s.objects import Document, of_kind
 from tests.k8s.rendering import OVERLAYS, overlay
@@ -58,16 +60,19 @@ def test_the_entrypoint_reads_the_mounted_config(name):
     mount = next(m for m in head["volumeMounts"] if m["mountPath"] == "/etc/qbatch")
     assert mount["readOnly"]
     assert mount["name"] in {v["name"] for v in pod["spec"]["volumes"] if "configMap" in v}
-    assert night_config(documents)["corpus"]["uri"].startswith("s3://")
+    assert night_config(documents)["embed"]["input"].startswith("s3://")
 
 
-@pytest.mark.skipif(
-    not (ROOT / "jobs" / "reindex.py").exists(), reason="jobs/reindex.py is not in this checkout"
-)
 @every_overlay
-def test_the_entrypoint_exists(name):
-    for _, job in objects.ray_jobs(overlay(name)):
+def test_the_entrypoint_takes_the_mounted_config(name, tmp_path):
+    documents = overlay(name)
+    for _, job in objects.ray_jobs(documents):
         assert (ROOT / job["entrypoint"].split()[1]).is_file()
+    file = tmp_path / "night.toml"
+    file.write_text(night_toml(documents), encoding="utf-8")
+    config = parse(ReindexConfig, ["--config", str(file)])
+    assert config.precomputed == ["answers"]
+    assert config.publish.wait_s > config.publish.lease_s
 
 
 def test_dev_needs_no_gpu_and_starts_nothing_by_itself():
@@ -144,9 +149,13 @@ def gpu_groups(documents: list[Document]) -> list[dict]:
 
 
 def night_config(documents: list[Document]) -> dict:
+    return tomllib.loads(night_toml(documents))
+
+
+def night_toml(documents: list[Document]) -> str:
     (text,) = (
         d["data"]["night.toml"]
         for d in of_kind(documents, "ConfigMap")
         if "night.toml" in d["data"]
     )
-    return tomllib.loads(text)
+    return text
