@@ -113,6 +113,7 @@ def kill_actors(flags, tmp_path, *, num_kills: int, seed: int) -> None:
     assert_whole(str(flags["output"]))
 
 
+@pytest.mark.slow
 def test_killed_actors_lose_and_repeat_nothing(flags, tmp_path):
     kill_actors(flags, tmp_path, num_kills=2, seed=3)
 
@@ -123,6 +124,7 @@ def test_ten_killed_actors_lose_and_repeat_nothing(flags, tmp_path):
     kill_actors(flags, tmp_path, num_kills=10, seed=4)
 
 
+@pytest.mark.slow
 def test_of_two_drivers_one_publishes_and_the_other_exits_5(flags, tmp_path):
     jobs = [Job("embed_corpus.py", flags, tmp_path / f"race-{i}.log") for i in range(2)]
     results = [job.wait() for job in jobs]

@@ -108,6 +108,7 @@ def test_a_build_killed_at_random_moments_goes_on(vectors_uri, undisturbed, tmp_
     kill_often(vectors_uri, undisturbed, tmp_path, num_kills=10, seed=1)
 
 
+@pytest.mark.slow
 def test_killed_builders_are_replaced(vectors_uri, undisturbed, tmp_path):
     uri = str(tmp_path / "index")
     job = Job("build_index.py", flags_for(vectors_uri, uri), tmp_path / "log")
@@ -148,6 +149,7 @@ def run_rows(uri: str) -> list[tuple]:
     return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
 
 
+@pytest.mark.slow
 def test_a_killed_search_answers_every_query_once(search_flags, tmp_path):
     flags, uri = search_flags, str(search_flags["output"])
     job = Job("search_index.py", flags, tmp_path / "killed.log")

@@ -87,6 +87,7 @@ def test_a_killed_driver_loses_and_repeats_nothing(tmp_path, tiny_reranker, made
     kill_drivers(make_flags(tmp_path, made, tiny_reranker), made, tmp_path, kills=1, seed=1)
 
 
+@pytest.mark.slow
 def test_a_killed_actor_loses_and_repeats_nothing(tmp_path, tiny_reranker, made):
     kill_actors(make_flags(tmp_path, made, tiny_reranker), made, tmp_path, kills=1)
 
@@ -101,6 +102,7 @@ def test_two_hundred_thousand_pairs_survive_kills(tmp_path, tiny_reranker):
     kill_actors(again, made, tmp_path, kills=4)
 
 
+@pytest.mark.slow
 def test_of_two_drivers_one_publishes_and_the_other_exits_5(tmp_path, tiny_reranker, made):
     flags = make_flags(tmp_path, made, tiny_reranker, unit_pairs=400)
     jobs = [Job(SCRIPT, flags, tmp_path / f"race-{i}.log") for i in range(2)]

@@ -79,6 +79,7 @@ def test_logs_progress_and_summary_arrive(cluster, tiny_model, tmp_path):
     assert open_vectors(str(tmp_path / "out")).num_rows == 50
 
 
+@pytest.mark.slow
 def test_exit_codes_arrive(cluster, tiny_model, tmp_path):
     (tmp_path / "empty").mkdir()
     flags = [f"--input={tmp_path / 'empty'}", f"--output={tmp_path / 'out'}"]

@@ -104,6 +104,7 @@ def test_only_new_texts_are_embedded(config, tmp_path):
     assert (again["units_made"], again["passages_embedded"]) == (0, 0)
 
 
+@pytest.mark.slow
 def test_by_object_takes_from_the_same_object_only(config, tmp_path):
     config = replace(config, reuse="by-object")
     embed_corpus(config)

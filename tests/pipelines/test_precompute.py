@@ -411,7 +411,7 @@ def texts_uri(tmp_path, tiny_model) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["queries", "items"])
+@pytest.mark.parametrize("mode", [pytest.param("queries", marks=pytest.mark.slow), "items"])
 def test_a_reranker_puts_the_candidates_in_order(
     ray_cluster, mode, tmp_path, tiny_model, tiny_reranker
 ):

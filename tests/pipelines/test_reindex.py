@@ -145,6 +145,7 @@ def test_what_was_rolled_back_is_not_released_again_until_something_changes(conf
     assert "new" in content_of(open_release(config.output))["vectors"]
 
 
+@pytest.mark.slow
 def test_another_model_is_tried_beside_the_one_that_serves(
     first, config, place, corpus, tmp_path_factory
 ):
