@@ -46,9 +46,7 @@ def query_for(passage: str) -> str:
 
 def passage_of(user: str) -> str:
     """Return the passage of any of the templates."""
-    if user.endswith("\nQuery:"):
-        return user.rpartition("Passage: ")[2].removesuffix("\nQuery:")
-    return user.partition("Passage:\n")[2].partition("\n\n")[0]
+    return user.partition("Passage:\n")[2].partition("\n\n")[0] or user.partition("\n\n")[0]
 
 
 def answer_to(system: str, user: str) -> str:

@@ -182,56 +182,23 @@ def text_prompt(
 
 
 def _plain_query_prompt(passage: str, wish: Wish, configuration: Configuration) -> tuple[str, str]:
-    """Return a prompt that shows by examples what is wanted: small models follow nothing else."""
-    shown = "\n\n".join(
-        f"Passage: {text}\nQuery: {queries[configuration.question_type]}"
-        for text, queries in _EXAMPLES
-    )
-    language = f" Write the last query in {wish.language}." if wish.language else ""
+    """Return a prompt of one short sentence after the passage: small models follow no more.
+
+    Examples make it worse: SmolLM2-135M repeats them instead of its passage.
+    """
+    language = f" Write it in {wish.language}." if wish.language else ""
     one_line = " ".join(passage.split())
-    return (
-        "You write the search query to which a passage is the answer. Answer with the query only, "
-        f"on one line.{language}",
-        f"{shown}\n\nPassage: {one_line}\nQuery:",
-    )
+    wanted = _PLAIN_WISHES[configuration.question_type]
+    return "You write search queries.", f"{one_line}\n\n{wanted}{language}"
 
 
-_EXAMPLES: Sequence[tuple[str, Mapping[str, str]]] = (
-    (
-        "Honey keeps for years because it holds so little water that bacteria cannot grow in it. "
-        "Its acid and a trace of hydrogen peroxide help.",
-        {
-            "keywords": "honey shelf life bacteria",
-            "acquire_knowledge": "why does honey not go bad",
-            "summary": "what preserves honey",
-            "yes_or_no": "can honey be eaten after several years",
-            "background": "what is it in honey that stops bacteria",
-        },
-    ),
-    (
-        "The wheel lock of a bicycle is fixed to the frame behind the saddle. Turning its key "
-        "pushes a bolt between the spokes, so the wheel cannot turn.",
-        {
-            "keywords": "bicycle frame wheel lock",
-            "acquire_knowledge": "how does a wheel lock on a bike work",
-            "summary": "function of a bicycle wheel lock",
-            "yes_or_no": "does a wheel lock stop the spokes of a bike",
-            "background": "where on a bicycle frame is the wheel lock fixed and why",
-        },
-    ),
-    (
-        "Xylotree is a command-line program that draws the folders of a disk as a tree and marks "
-        "the largest files. It reads ext4 and NTFS.",
-        {
-            "keywords": "command line disk usage tree ntfs",
-            "acquire_knowledge": "which program finds the largest files on a disk",
-            "summary": "tool that shows folders as a tree",
-            "yes_or_no": "is there a program that shows ntfs folders as a tree",
-            "background": "what are command line tools for full disks good for",
-        },
-    ),
-)
-"""Passages, and a query of each type."""
+_PLAIN_WISHES: Mapping[str, str] = {
+    "keywords": "Write a few search keywords for the text above.",
+    "acquire_knowledge": "Write one short question that the text above answers.",
+    "summary": "Write one short question about the main topic of the text above.",
+    "yes_or_no": "Write one short yes-or-no question that the text above answers.",
+    "background": "Write one short question beginning with how or why that the text above answers.",
+}
 
 
 def _query_prompt(

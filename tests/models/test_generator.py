@@ -69,7 +69,7 @@ def test_draws_have_the_chances_of_the_softmax():
 
 
 def test_a_prompt_without_room_is_refused_and_the_others_are_answered(generator):
-    replies = generator.complete([ask("x" * 2000), ask("short")])
+    replies = generator.complete([ask("x " * 2000), ask("short")])
     assert replies[0].reason == TOO_LONG
     assert "the model takes 1024" in replies[0].detail
     assert replies[1].reason is None
