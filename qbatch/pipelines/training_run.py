@@ -5,8 +5,10 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from inspect import getfile
 from typing import Any
 
+from huggingface_hub import save_torch_state_dict
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -118,7 +120,8 @@ def _run_workers(
 
 def _train_worker(config: Mapping[str, Any]) -> None:
     logging.getLogger("qbatch").setLevel(logging.INFO)
-    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)  # a line for every file
+    # A line for every file written; huggingface_hub names this logger by its file.
+    logging.getLogger(getfile(save_torch_state_dict)).setLevel(logging.WARNING)
     train(config["task"], config["settings"])
 
 

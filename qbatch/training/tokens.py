@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -140,9 +139,3 @@ def num_tokens(groups: Sequence[CandidateTokens]) -> int:
         int(group.lengths.sum()) + len(group.lengths) * (len(group.before) + len(group.after))
         for group in groups
     )
-
-
-def texts_of(rows: pa.Table) -> list[str]:
-    """Return all texts of rows, for an estimate of their length."""
-    negatives = chain.from_iterable(x or [] for x in rows["negatives"].to_pylist())
-    return [*rows["query"].to_pylist(), *rows["document"].to_pylist(), *negatives]
