@@ -148,7 +148,8 @@ def test_every_passage_carries_title_and_prompt(name, text, title):
     for passage, piece in zip(passages, passage_texts(passages, text), strict=True):
         assert passage["num_tokens"] <= 40
         inputs = (f"passage: {title[:n]} {piece}" for n in range(1, len(title or "") + 1))
-        ids = (tokenizer.complete.encode(t).ids for t in (*inputs, f"passage: {piece}"))
+        alone = f"passage: {piece or title or ''}"  # without a text, no space follows the title
+        ids = (tokenizer.complete.encode(t).ids for t in (*inputs, alone))
         assert passage["token_ids"] in ids
 
 
