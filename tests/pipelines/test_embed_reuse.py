@@ -118,7 +118,11 @@ def test_by_object_takes_from_the_same_object_only(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dims": (16, 8), "vector_dtype": "float16"}, {"keep_columns": ()}]
+    "changes",
+    [
+        {"dims": (16, 8), "vector_dtype": "float16"},
+        pytest.param({"keep_columns": ()}, marks=pytest.mark.slow),
+    ],
 )
 def test_every_stored_width_is_copied_and_kept_columns_are_those_of_now(config, changes, tmp_path):
     config = replace(config, **{k: v for k, v in changes.items() if k != "keep_columns"})

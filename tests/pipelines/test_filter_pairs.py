@@ -136,6 +136,7 @@ def test_what_stays_is_what_a_loop_keeps_and_a_second_run_makes_nothing(store_ur
     assert twice["rejected"].keys() <= {"low_cosine"}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_changed_file_is_scored_alone(tmp_path, tiny_model):

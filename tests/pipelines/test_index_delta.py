@@ -193,6 +193,7 @@ def test_unknown_vectors_build_shards_anew(config, corpus):
     assert summary["shards_made"] > 1
 
 
+@pytest.mark.slow
 def test_a_template_that_no_longer_fits_is_trained_again(config, corpus):
     """Vectors of eight directions, then of eight others: one-byte codes know only what they saw."""
     axes = np.eye(DIM, dtype=np.float32)

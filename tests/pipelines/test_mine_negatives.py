@@ -182,6 +182,7 @@ def test_a_judge_drops_what_it_finds_relevant(index_uri, tmp_path, tiny_model, t
     assert sum(map(len, found.values())) > 20
 
 
+@pytest.mark.slow
 def test_documents_that_are_gone_are_left_out(index_uri, tmp_path, texts):
     documents, _ = texts
     write_json_lines(f"{tmp_path}/corpus", "a.jsonl", documents[:40])

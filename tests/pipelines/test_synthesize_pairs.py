@@ -116,6 +116,7 @@ def test_every_document_becomes_a_pair_or_a_reject_with_its_reason(store_uri):
     assert json.loads(Storage(config.output).read("report.json"))["generation"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @uses_ray
 def test_other_kinds_languages_quotas_and_samples(tmp_path):
@@ -154,6 +155,7 @@ def test_other_kinds_languages_quotas_and_samples(tmp_path):
     assert one["instruction"] == "Find it"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @uses_ray
 def test_a_server_that_is_down_keeps_what_is_finished(tmp_path):
@@ -179,6 +181,7 @@ def test_too_many_failures_publish_nothing(tmp_path):
     assert not Storage(config.output).exists("manifests/00000001.json")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_killed_job_goes_on_and_asks_for_each_document_once(tmp_path):
     rows = make_rows()

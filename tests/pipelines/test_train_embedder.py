@@ -47,6 +47,7 @@ def curve(output: str) -> list[float]:
     return [point["loss"] for point in report["curve"]]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_train_as_one_does_replicated_or_sharded(start, tmp_path):
@@ -87,6 +88,7 @@ def test_a_finished_training_is_not_repeated_and_another_is_refused(start, tmp_p
         )
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_error_of_a_worker_comes_out_as_itself(start, tmp_path):

@@ -62,6 +62,7 @@ def worker(root: str, sharding: str, rank: int, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_two_processes_get_the_gradients_of_one(tiny_start, tmp_path, sharding):
     write_pairs(tmp_path / "pairs.parquet", NUM_ROWS, num_negatives=3)
