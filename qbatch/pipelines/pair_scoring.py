@@ -84,6 +84,12 @@ class ScoringTask:
     prompts: PairPrompts
 
 
+def as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as a manifest gives them back: equal ones must not look like a change."""
+    stored: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    return stored
+
+
 def scoring_fingerprint(task: ScoringTask, embedding: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything besides the pairs that changes their vectors."""
     return {
@@ -92,7 +98,7 @@ def scoring_fingerprint(task: ScoringTask, embedding: Mapping[str, Any]) -> dict
             "stored": dict(task.prompts.stored),
             "instruction": task.prompts.instruction,
         },
-        "reading": task.source.corpus.fingerprint(),
+        "reading": as_stored(task.source.corpus.fingerprint()),
     }
 
 

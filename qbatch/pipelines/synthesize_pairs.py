@@ -40,6 +40,7 @@ from qbatch.pipelines.embed import EmbedCorpusConfig, embedding_fingerprint, mak
 from qbatch.pipelines.embed_resume import Plan, write_units
 from qbatch.pipelines.embed_task import EmbedTask
 from qbatch.pipelines.finished_units import finished_units
+from qbatch.pipelines.pair_scoring import as_stored
 from qbatch.pipelines.pair_source import BadInputLimits
 from qbatch.pipelines.rerank_sources import full_texts
 from qbatch.pipelines.sampling import sample_evenly
@@ -375,7 +376,7 @@ def synthesis_fingerprint(task: SynthesisTask, personas: Sequence[str]) -> dict[
         "personas": hashlib.sha256("\n".join(personas).encode()).hexdigest(),
         "persona_embedder": embedder,
         "engine": _engine_fingerprint(task.engine),
-        "corpus": task.corpus.fingerprint(),
+        "corpus": as_stored(task.corpus.fingerprint()),
     }
 
 
