@@ -228,7 +228,7 @@ def _forward_wanted(
     whole: Callable[..., torch.Tensor],
     hidden_states: torch.Tensor,
     *,
-    pack: PackLayout,
+    pack: PackLayout | None = None,
     **options: Any,  # noqa: ANN401 - the layer's own, handed through
 ) -> torch.Tensor:
     """Run a decoder layer that normalises before each part, and return the wanted tokens.
@@ -237,9 +237,11 @@ def _forward_wanted(
         layer: With ``input_layernorm``, ``self_attn``, ``post_attention_layernorm`` and ``mlp``.
         whole: Its own forward, which returns all tokens.
         hidden_states: Shape (1, tokens, hidden_dim).
-        pack: Says what is wanted.
+        pack: Says what is wanted; None in a stock call of the model.
         options: What the model hands to its layers.
     """
+    if pack is None:
+        return whole(hidden_states, **options)
     if pack.wanted is None:
         return whole(hidden_states, pack=pack, **options)
     parts: Any = layer

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -215,7 +216,10 @@ def test_a_killed_job_goes_on_and_asks_for_each_document_once(tmp_path):
 @pytest.mark.ray
 @uses_ray
 def test_a_model_in_process_and_people_by_an_embedder(tmp_path, tiny_judge, tiny_model):
-    """A random model writes nonsense, but the same nonsense again."""
+    """A random model writes nonsense, but the same nonsense again; an eighth of its tokens end."""
+    model = copytree(tiny_judge, tmp_path / "model")
+    ends = {"eos_token_id": list(range(0, 200, 8))}
+    (model / "generation_config.json").write_text(json.dumps(ends))
     rng = np.random.default_rng(1)
     rows = [{"doc_id": f"d{i}", "text": random_words(rng, 6)} for i in range(6)]
     write_json_lines(f"{tmp_path}/corpus", "a.jsonl", rows)
@@ -226,13 +230,13 @@ def test_a_model_in_process_and_people_by_an_embedder(tmp_path, tiny_judge, tiny
         config = make_config(
             str(tmp_path),
             output=str(tmp_path / name),
-            model=tiny_judge,
+            model=str(model),
             response="plain",
             title_column=None,
             personas=str(tmp_path / "people.txt"),
             persona_model=tiny_model,
             dtype="float32",
-            max_answer_tokens=8,
+            max_answer_tokens=100,
             max_bad_fraction=1,
         )
         summary = synthesize_pairs(config)
@@ -306,13 +310,14 @@ def test_bad_settings_are_refused(flags, message):
 
 
 def test_dry_run_shows_plan_and_prompts(tmp_path):
-    write_corpus(str(tmp_path), make_rows())
+    rows = make_rows()
+    write_corpus(str(tmp_path), rows)
     config = make_config(str(tmp_path), dry_run=True, pairs_per_document=2)
     summary = synthesize_pairs(config)
     assert summary["units"] >= 4
     assert 30 < summary["documents_estimated"] < 90
     assert len(summary["prompts"]) == 2
-    assert "title 0" in summary["prompts"][0]
+    assert any(f"{row['title']}\n{row['text']}" in summary["prompts"][0] for row in rows)
     assert not (tmp_path / "pairs").exists()
 
 
