@@ -227,7 +227,7 @@ def _decode_list(storage: Storage, entries: list[dict[str, Any]] | dict[str, Any
     return table
 
 
-def read_verified(storage: Storage, entry: Mapping[str, Any]) -> bytes:
+def read_verified(storage: Storage, entry: Mapping[str, Any]) -> pa.Buffer:
     """Return the content of a listed file after checking it against its sha256.
 
     Raises:
@@ -236,7 +236,7 @@ def read_verified(storage: Storage, entry: Mapping[str, Any]) -> bytes:
     path = entry["path"]
     _check_inside(path)
     try:
-        data = storage.read(path)
+        data = storage.read_buffer(path)
     except FileNotFoundError as error:
         raise IntegrityError(
             f"{storage.object_uri(path)} is listed in a manifest but gone"

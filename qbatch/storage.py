@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 import fsspec
+import pyarrow as pa
 from botocore.exceptions import BotoCoreError
 
 from qbatch.errors import ConfigError, ObjectExistsError, StorageError
@@ -88,6 +89,11 @@ class Storage:
         """Return the content of an object; FileNotFoundError when absent."""
         with _named_errors("read", self.object_uri(path)):
             return self._backend.read(self._absolute(path))
+
+    def read_buffer(self, path: str) -> pa.Buffer:
+        """Return the content of a large object in Arrow's memory; FileNotFoundError when absent."""
+        with _named_errors("read", self.object_uri(path)):
+            return self._backend.read_buffer(self._absolute(path))
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Return some bytes of an object in one request; FileNotFoundError when absent."""
@@ -279,6 +285,7 @@ class _Backend(Protocol):
     """The operations on absolute paths that differ between a disk and an object store."""
 
     def read(self, path: str) -> bytes: ...
+    def read_buffer(self, path: str) -> pa.Buffer: ...
     def read_range(self, path: str, start: int, stop: int) -> bytes: ...
     def write(self, path: str, data: bytes | memoryview) -> None: ...
     def upload(self, path: str, file: Path) -> None: ...
@@ -296,6 +303,11 @@ class _LocalBackend:
     def read(self, path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
+
+    def read_buffer(self, path: str) -> pa.Buffer:
+        # Python's own bytes come from fresh pages each time, which took 7 times as long.
+        with pa.OSFile(path) as file:
+            return file.read_buffer()
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         with open(path, "rb") as file:
@@ -388,6 +400,9 @@ class _FsspecBackend:
 
     def read(self, path: str) -> bytes:
         return cast("bytes", self._fs.cat_file(path))
+
+    def read_buffer(self, path: str) -> pa.Buffer:
+        return pa.py_buffer(self.read(path))
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         if start == stop:  # an empty range means the whole object to HTTP

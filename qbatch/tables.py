@@ -4,17 +4,23 @@ table = open_vectors("s3://bucket/vectors")
 for batch in table.iter_tables(columns=["doc_id", "vector"]): ...
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qbatch.errors import NoInputError
 from qbatch.manifest import Generation, latest_generation, load_generation, read_verified
 from qbatch.schema import REJECTS
 from qbatch.storage import Storage
+from qbatch.vector_files import read_vector_file
+
+_FILES_AHEAD = 2
+"""Read and hashed at a time, beside the one in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +36,21 @@ class PublishedTable:
         return sum(self.generation.files["rows"].to_pylist())
 
     def iter_tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yield the content of each file in path order, its sha256 checked before it is parsed."""
-        for entry in self.generation.files.to_pylist():
-            yield self.read_file(entry, columns)
+        """Yield the content of each file in path order, its sha256 checked before it is parsed.
+
+        The next files are read while the last one is used.
+        """
+        entries = iter(self.generation.files.to_pylist())
+        with ThreadPoolExecutor(_FILES_AHEAD, thread_name_prefix="read-ahead") as readers:
+            waiting = deque(
+                readers.submit(self.read_file, entry, columns)
+                for entry in islice(entries, _FILES_AHEAD)
+            )
+            while waiting:
+                table = waiting.popleft().result()
+                for entry in islice(entries, 1):
+                    waiting.append(readers.submit(self.read_file, entry, columns))
+                yield table
 
     def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return all rows at once; for tables that fit in memory."""
@@ -45,8 +63,7 @@ class PublishedTable:
 
     def read_file(self, entry: Mapping[str, Any], columns: Sequence[str] | None = None) -> pa.Table:
         """Return the content of one listed file after checking its sha256."""
-        source = pa.BufferReader(read_verified(self.storage, entry))
-        return pq.read_table(source, columns=None if columns is None else list(columns))
+        return read_vector_file(read_verified(self.storage, entry), columns)
 
 
 def open_table(uri: str, generation: int | None = None) -> PublishedTable:

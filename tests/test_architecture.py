@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "qbatch"
 JOBS = ROOT / "jobs"
 
-FOUNDATION = {"errors", "schema", "storage", "manifest", "tables", "release", "lease"}
+FOUNDATION = {
+    *("errors", "schema", "storage", "manifest", "vector_files", "tables", "release", "lease"),
+}
 LIBRARIES = {"corpus", "models", "index", "evaluation", "training", "report"}
 ARROWS = {
     "cli": {"errors"},
@@ -39,7 +41,7 @@ HOMES = {
 
 LIGHT = (
     *("qbatch.schema.", "qbatch.storage.", "qbatch.manifest.", "qbatch.tables.", "qbatch.corpus."),
-    *("qbatch.release.", "qbatch.lease.", "qbatch.reader."),
+    *("qbatch.vector_files.", "qbatch.release.", "qbatch.lease.", "qbatch.reader."),
     *("qbatch.pipelines.embed_read.", "qbatch.pipelines.embed_write."),
     *("qbatch.evaluation.", "qbatch.pipelines.evaluate."),
     *("qbatch.models.rerank_tokens.", "qbatch.pipelines.rerank_pairs."),

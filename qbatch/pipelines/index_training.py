@@ -78,7 +78,12 @@ def train(
         return Training(**json.loads(output.read(path)))
     node = largest_node()
     samples = _sample(request, table, parts)
-    fit = ray.remote(num_cpus=node.cpus, num_gpus=min(1, node.gpus), max_retries=MAX_RETRIES)(_fit)
+    fit = ray.remote(
+        num_cpus=node.cpus,
+        num_gpus=min(1, node.gpus),
+        max_retries=MAX_RETRIES,
+        max_calls=1,  # the sample's memory goes with its process; a shard's task gets another one
+    )(_fit)
     ntotal = int(parts["rows"].to_numpy().sum())
     training: Training = ray.get(fit.remote(request, ntotal, output, node.cpus, *samples))
     try:

@@ -7,7 +7,7 @@ unit's rows, so that the file is its own completion record.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ from qbatch.errors import IntegrityError
 from qbatch.manifest import canonical_json, file_entry, read_verified
 from qbatch.schema import FILES, UNITS
 from qbatch.storage import Storage
+from qbatch.vector_files import write_vector_file
 
 OUTPUTS = pa.schema([field for field in UNITS if field.name != "spans"])
 """What is known of a finished unit."""
@@ -172,35 +173,9 @@ def list_partials(storage: Storage) -> dict[str, str]:
 def _write(
     storage: Storage, stem: str, table: pa.Table, footer: Mapping[bytes, Any]
 ) -> dict[str, Any]:
-    # Vectors are noise to a compressor, and plain pages let readers map them as a matrix.
-    others = [
-        path
-        for field in table.schema
-        if not field.name.startswith("vector")
-        for path in _leaf_paths(field.type, field.name)
-    ]
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table.replace_schema_metadata({k: canonical_json(v) for k, v in footer.items()}),
-        sink,
-        row_group_size=_ROW_GROUP_ROWS,
-        compression=dict.fromkeys(others, "ZSTD"),
-        use_dictionary=others,
-    )
-    data = memoryview(sink.getvalue())
+    described = table.replace_schema_metadata({k: canonical_json(v) for k, v in footer.items()})
+    data = write_vector_file(described, row_group_rows=_ROW_GROUP_ROWS)
     entry = file_entry(stem, table.num_rows, data)
     entry["path"] = f"{stem}-{entry['sha256'][:16]}.parquet"
     storage.write(entry["path"], data)
     return entry
-
-
-def _leaf_paths(data_type: pa.DataType, path: str) -> Iterator[str]:
-    """Yield the Parquet column paths below a field: nested columns have one per leaf."""
-    if pa.types.is_struct(data_type):
-        for i in range(data_type.num_fields):
-            field = data_type.field(i)
-            yield from _leaf_paths(field.type, f"{path}.{field.name}")
-    elif pa.types.is_list(data_type) or pa.types.is_large_list(data_type):
-        yield from _leaf_paths(data_type.value_type, f"{path}.list.element")
-    else:
-        yield path

@@ -1,14 +1,62 @@
-"""Every benchmark in turn: ``make bench`` or ``python -m tests.benchmarks``."""
+"""Every benchmark in turn, and one table of all: ``make bench`` or ``python -m tests.benchmarks``.
 
-from tests.benchmarks import bench_embed_engine, bench_embed_job, bench_index, bench_rerank
+    python -m tests.benchmarks --only engine rerank --json bench.json
 
-MINUTES_OF_INDEX = ["--rows", "100000", "--factory", "IVF1024,SQ8", "--queries", "8000"]
+Each benchmark is also a command of its own with flags for more texts and turns.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qbatch.models.embedder import resolve_dtype
+from tests.benchmarks import (
+    bench_embed_engine,
+    bench_embed_job,
+    bench_embed_peers,
+    bench_index,
+    bench_rerank,
+    bench_vectors_read,
+)
+from tests.benchmarks.bench_embed_engine import describe_machine
+from tests.benchmarks.table import Row, markdown
+
+HAS_BFLOAT16 = resolve_dtype("auto", torch.device("cpu")) == "bfloat16"
+DTYPES = ["bfloat16", "float32"] if HAS_BFLOAT16 else ["float32"]
+"""Without bfloat16 instructions both sides emulate them, which says nothing."""
+
+BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
+    "engine": lambda: bench_embed_engine.main(["--num-texts", "120", "--dtypes", *DTYPES]),
+    "long": lambda: bench_embed_engine.main(
+        ["--models", "qwen3", "--kind", "long documents", "--num-texts", "16", "--dtypes", *DTYPES]
+    ),
+    "rerank": lambda: bench_rerank.main(
+        ["--num-queries", "1", "--num-short", "200", "--dtypes", *DTYPES]
+    ),
+    "peers": lambda: bench_embed_peers.main([]),
+    "job": lambda: bench_embed_job.main([]),
+    "read": lambda: bench_vectors_read.main([]),
+    "index": lambda: bench_index.main(["--pairs", "3", "--train-pairs", "3"]),
+}
+
+
+def main() -> None:
+    """Run what was asked for, and print and store the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
+    parser.add_argument("--json", type=Path, default=Path("bench.json"))
+    options = parser.parse_args()
+    machine, rows = describe_machine(torch.get_num_threads(), 0), []
+    for name in options.only:
+        print(f"\n{name}")
+        rows += BENCHMARKS[name]()
+        found = {"machine": machine, "rows": [row.to_json() for row in rows]}
+        options.json.write_text(json.dumps(found, indent=1))
+    print(f"\n{machine}\n\n{markdown(rows)}")
+
 
 if __name__ == "__main__":
-    bench_embed_engine.main()
-    print()
-    bench_embed_job.main()
-    print()
-    bench_rerank.main()
-    print()
-    bench_index.main([*MINUTES_OF_INDEX, "--shards", "4", "--files", "8"])
+    main()

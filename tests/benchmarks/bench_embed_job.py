@@ -23,14 +23,15 @@ import torch
 from qbatch.models.embedder import EmbedderConfig
 from qbatch.models.tokenization import TextTokenizer
 from tests.benchmarks.bench_embed_engine import describe_machine, read_texts, require
+from tests.benchmarks.table import Row
 
 ROOT = Path(__file__).parents[2]
 NUM_FILES = 8
 
 
-def main() -> None:
-    """Run the pairs and print one row for each, then the medians."""
-    options = parse_options()
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Run the pairs, print a line for each, then the medians, and return the row."""
+    options = parse_options(arguments)
     torch.set_num_threads(options.threads)
     model = require("minilm")
     texts = read_texts(None, options.num_texts)
@@ -49,16 +50,26 @@ def main() -> None:
     print_row(medians)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}))
+    row = Row(
+        case="whole job while its actor lives, MiniLM float32",
+        against="the bare engine",
+        unit="tokens/s",
+        ours=medians["job_tokens_per_s"],
+        theirs=medians["engine_tokens_per_s"],
+        ratios=tuple(row["job_tokens_per_s"] / row["engine_tokens_per_s"] for row in rows),
+        goal=0.9,
+    )
+    return [row]
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--num-texts", type=int, default=6000)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def measure_engine(model: Path, texts: list[str], options: argparse.Namespace) -> float:

@@ -41,6 +41,7 @@ from qbatch.tables import open_table
 from tests.benchmarks.bench_embed_engine import describe_machine
 from tests.benchmarks.peer_autofaiss import run_autofaiss
 from tests.benchmarks.plain_faiss import read_vectors
+from tests.benchmarks.table import Row
 from tests.benchmarks.watching import Watch
 from tests.vector_tables import rows_table, write_vectors
 
@@ -50,8 +51,8 @@ NUM_CHECKED = 1000
 """Queries whose true neighbours are computed, to tell recall."""
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the pairs and print the tables."""
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Run the pairs, print the tables and return their rows."""
     options = parse_options(arguments)
     machine = describe_machine(options.threads, options.rows, "wall and CPU time")
     print(machine.replace(" texts", f" vectors of {options.dim}, {options.factory}"))
@@ -70,6 +71,43 @@ def main(arguments: list[str] | None = None) -> None:
         found = {"machine": machine, "idle": idle, "builds": builds, "memory": memory}
         found |= {"searches": searches, "autofaiss": peer, "recalls": recalls}
         options.json.write_text(json.dumps(found, indent=1))
+    return [build_row(builds, idle, options), search_row(searches, options)]
+
+
+def build_row(builds: list[dict], idle: dict, options: argparse.Namespace) -> Row:
+    """Return the row of the pairs that train, in processor seconds of all processes but Ray's."""
+    trained = [
+        (pair["plain"]["cpu_s"], pair["job"]["cpu_s"] - idle["cpu_s"])
+        for pair in builds
+        if pair["trains"]
+    ]
+    plain, job = (statistics.median(column) for column in zip(*trained, strict=True))
+    return Row(
+        case=f"building {options.factory} of {options.rows:,} x {options.dim}",
+        against="FAISS in one process",
+        unit="vectors/CPU s",
+        ours=options.rows / job,
+        theirs=options.rows / plain,
+        ratios=tuple(a / b for a, b in trained),
+        goal=0.95,
+    )
+
+
+def search_row(searches: list[dict], options: argparse.Namespace) -> Row:
+    walls = [
+        (pair["plain"]["seconds"]["search"], pair["job"]["summary"]["seconds"]["searching"])
+        for pair in searches
+    ]
+    plain, job = (statistics.median(column) for column in zip(*walls, strict=True))
+    return Row(
+        case=f"searching it, {options.queries:,} queries in {options.shards} shards",
+        against="FAISS in one process",
+        unit="queries/s",
+        ours=options.queries / job,
+        theirs=options.queries / plain,
+        ratios=tuple(a / b for a, b in walls),
+        goal=0.9,
+    )
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:

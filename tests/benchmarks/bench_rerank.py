@@ -38,6 +38,7 @@ from qbatch.models.reranker import RerankerConfig
 from qbatch.models.tokenization import TextTokenizer
 from qbatch.quickstart import assets
 from tests.benchmarks.bench_embed_engine import describe_machine, make_qwen3, require, seconds
+from tests.benchmarks.table import Row
 
 YES, NO = 9693, 2152
 MAX_TOKENS = 8192
@@ -45,9 +46,9 @@ MAX_TOKENS = 8192
 Score = Callable[[], np.ndarray]
 
 
-def main() -> None:
-    """Run the cases and print one row for each opponent."""
-    options = parse_options()
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Run the cases, print a line for each opponent and return their rows."""
+    options = parse_options(arguments)
     torch.set_num_threads(options.threads)
     clock = "CPU time" if options.cpu_time else "wall time"
     groups = read_groups(options)
@@ -63,6 +64,27 @@ def main() -> None:
             rows += compare_queries(Path(folder), dtype, options)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}))
+    return [table_row(found, options) for found in rows]
+
+
+def table_row(found: dict, options: argparse.Namespace) -> Row:
+    is_query = found["against"] == "queries"
+    what = "short queries with an instruction" if is_query else "reranking"
+    against, goal = {
+        "queries": ("sentence-transformers encode", 4.0),
+        "cross-encoder": ("sentence-transformers CrossEncoder", 4.0),
+        "card": ("the model card's loop", 8.0),
+        "card, last": ("the card's loop, last logits only", 1.0),
+    }[found["against"]]
+    return Row(
+        case=f"{what}, 0.6B shape cut to {options.layers} layers, {found['dtype']}",
+        against=against,
+        unit="texts/s",
+        ours=found["texts_per_s"],
+        theirs=found["other_texts_per_s"],
+        ratios=tuple(found["ratios"]),
+        goal=goal,
+    )
 
 
 HEADER = (
@@ -75,12 +97,12 @@ ROW = (
 )
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--num-queries", type=int, default=4, help="to rerank candidates for")
     parser.add_argument("--num-candidates", type=int, default=100)
     parser.add_argument("--num-short", type=int, default=400, help="queries to embed")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds, not the clock")
@@ -93,7 +115,7 @@ def parse_options() -> argparse.Namespace:
         help="opponents to measure",
     )
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def read_groups(options: argparse.Namespace) -> list[CandidateGroup]:
@@ -205,6 +227,7 @@ def measure(
             "texts_per_s": sizes["num_texts"] / own_s,
             "other_texts_per_s": sizes["num_texts"] / other_s,
             "ratio": statistics.median(ratios),
+            "ratios": ratios,
             "spread": f"{min(ratios):.2f}-{max(ratios):.2f}",
             "difference": errors[name],
         }

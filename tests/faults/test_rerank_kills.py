@@ -83,6 +83,7 @@ def made() -> Candidates:
     return make_candidates(num_queries=100, num_candidates=20, num_documents=400)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_loses_and_repeats_nothing(tmp_path, tiny_reranker, made):
     kill_drivers(make_flags(tmp_path, made, tiny_reranker), made, tmp_path, kills=1, seed=1)
 

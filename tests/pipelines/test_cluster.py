@@ -60,6 +60,7 @@ print(json.dumps({"fewest_free": min(free), "summary": summary}))
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_actors_hold_one_declared_gpu_each(tiny_model, tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.jsonl").write_text(f'{{"doc_id": "{i}", "text": "text {i}"}}\n' * 20)

@@ -45,11 +45,11 @@ def write_corpus(uri: str) -> None:
 
 
 @pytest.fixture
-def config(store_uri, tiny_model) -> EmbedCorpusConfig:
-    write_corpus(f"{store_uri}/corpus")
+def config(s3_bucket, tiny_model) -> EmbedCorpusConfig:
+    write_corpus(f"{s3_bucket}/corpus")
     return EmbedCorpusConfig(
-        input=f"{store_uri}/corpus",
-        output=f"{store_uri}/vectors",
+        input=f"{s3_bucket}/corpus",
+        output=f"{s3_bucket}/vectors",
         model=tiny_model,
         dtype="float32",
         unit_bytes=1024,
@@ -128,6 +128,7 @@ def test_a_finished_but_unpublished_unit_is_checked_and_reused(disk_config):
     assert again["rows_in"] == first["rows_in"]
 
 
+@pytest.mark.slow
 def test_a_damaged_unpublished_unit_is_made_again(disk_config):
     embed_corpus(replace(disk_config, unit_bytes=512))
     storage = Storage(disk_config.output)
@@ -154,6 +155,7 @@ def test_vectors_are_those_of_the_model(disk_config, tiny_model):
     assert table["end_char"].to_pylist() == [len(text) for text in texts]
 
 
+@pytest.mark.slow
 def test_several_widths_in_one_pass(disk_config):
     embed_corpus(replace(disk_config, dims=(32, 8), vector_dtype="float16"))
     table = open_vectors(disk_config.output).to_table()
@@ -170,6 +172,7 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (one * other).sum(axis=1) / norms
 
 
+@pytest.mark.slow
 def test_int8_is_calibrated_once_for_the_life_of_a_table(disk_config, tmp_path):
     config = replace(disk_config, vector_dtype="int8", dims=(32, 8))
     embed_corpus(config)

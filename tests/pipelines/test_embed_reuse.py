@@ -124,6 +124,7 @@ def test_by_object_takes_from_the_same_object_only(config, tmp_path):
         pytest.param({"keep_columns": ()}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_every_stored_width_is_copied_and_kept_columns_are_those_of_now(config, changes, tmp_path):
     config = replace(config, **{k: v for k, v in changes.items() if k != "keep_columns"})
     embed_corpus(config)
@@ -140,7 +141,8 @@ def test_what_another_model_made_is_not_taken(config):
     assert embed_corpus(other)["passages_embedded"] > first["passages"]
 
 
-@pytest.mark.parametrize("damage", [pytest.param("gone", marks=pytest.mark.slow), "flipped"])
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["gone", "flipped"])
 def test_a_damaged_source_is_embedded_again(config, damage, tmp_path):
     embed_corpus(config)
     storage = Storage(config.output)

@@ -91,10 +91,10 @@ def expected(rows: list[dict], model: str, config: FilterPairsConfig) -> dict[in
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_what_stays_is_what_a_loop_keeps_and_a_second_run_makes_nothing(store_uri, tiny_model):
+def test_what_stays_is_what_a_loop_keeps_and_a_second_run_makes_nothing(s3_bucket, tiny_model):
     rows = make_rows()
-    write_pairs(store_uri, rows)
-    config = make_config(store_uri, tiny_model, keep_columns=("lang",))
+    write_pairs(s3_bucket, rows)
+    config = make_config(s3_bucket, tiny_model, keep_columns=("lang",))
     summary = filter_pairs(config)
     outcomes = expected(rows, tiny_model, config)
     wanted = Counter(outcomes.values())
@@ -130,7 +130,7 @@ def test_what_stays_is_what_a_loop_keeps_and_a_second_run_makes_nothing(store_ur
     assert (loose["generation"], loose["units_scored"]) == (2, 0)
     assert "low_cosine" not in loose["rejected"]
     twice = filter_pairs(
-        replace(config, pairs=config.output, output=f"{store_uri}/twice", quantile=0.5)
+        replace(config, pairs=config.output, output=f"{s3_bucket}/twice", quantile=0.5)
     )
     assert twice["rows_in"] == loose["rows_out"]
     assert twice["rejected"].keys() <= {"low_cosine"}
@@ -152,6 +152,7 @@ def test_a_changed_file_is_scored_alone(tmp_path, tiny_model):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_too_many_bad_pairs_publish_nothing(tmp_path, tiny_model):
     write_pairs(str(tmp_path), make_rows())
     config = make_config(str(tmp_path), tiny_model, max_bad_fraction=0.001)

@@ -73,7 +73,7 @@ def make_config(uri: str, output: object, **settings) -> MineNegativesConfig:
         corpus=f"{uri}/corpus",
         output=str(output),
         keep_columns=("source",),
-        unit_bytes=10,
+        unit_bytes=400,
         max_bad_fraction=0.2,
         **{
             "first_rank": WINDOW[0],
@@ -144,7 +144,13 @@ def test_negatives_are_those_of_a_loop_and_a_second_run_makes_nothing(
     assert (again["generation"], again["units_made"]) == (1, 0)
     assert [(o.path, o.version) for o in Storage(config.output).iter_objects("data")] == before
 
-    # Other rules search nothing again, and each seed draws its own from the same set.
+
+@pytest.mark.slow
+def test_other_rules_search_nothing_again_and_each_seed_draws_its_own(
+    index_uri, tmp_path, tiny_model, texts
+):
+    config = make_config(index_uri, tmp_path / "mined")
+    mine_negatives(config)
     drawn = []
     for seed in (1, 1, 2):
         random = replace(config, sampling="random", max_ratio=None, margin=0.001, seed=seed)
@@ -160,6 +166,7 @@ def test_negatives_are_those_of_a_loop_and_a_second_run_makes_nothing(
     assert not Storage(f"{config.output}/run").exists("manifests/00000002.json")
 
 
+@pytest.mark.slow
 def test_a_judge_drops_what_it_finds_relevant(index_uri, tmp_path, tiny_model, tiny_judge, texts):
     config = make_config(
         index_uri, tmp_path / "judged", judge=tiny_judge, dtype="float32", max_ratio=None

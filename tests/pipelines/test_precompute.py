@@ -174,6 +174,7 @@ def test_every_document_has_its_nearest_others_and_a_second_run_makes_nothing(co
     assert not [path for path in written if "data/" in path or "partials/" in path]
 
 
+@pytest.mark.slow
 def test_near_duplicates_and_other_categories_are_left_out(config):
     precompute(replace(config, max_similarity=0.97))
     assert_related(config.output, max_similarity=0.97)
@@ -184,6 +185,7 @@ def test_near_duplicates_and_other_categories_are_left_out(config):
     assert (summary["keys"], summary["keys_without_items"]) == (ROWS, without)
 
 
+@pytest.mark.slow
 def test_diversity_is_maximal_marginal_relevance(config):
     precompute(replace(config, diversity=0.5, candidates_k=20))
     deep = names(stored(config.output))
@@ -192,6 +194,7 @@ def test_diversity_is_maximal_marginal_relevance(config):
     assert deep != expected(VECTORS, DOC_IDS)
 
 
+@pytest.mark.slow
 def test_it_works_over_s3(s3_bucket):
     write_corpus(s3_bucket, VECTORS, DOC_IDS)
     config = items_config(s3_bucket, f"{s3_bucket}/related", diversity=0.3)
@@ -228,6 +231,7 @@ def test_a_night_with_one_percent_of_change_lists_only_the_affected_keys(tmp_pat
     assert read_delta(config.output) == (put, deleted)
 
 
+@pytest.mark.slow
 def test_a_chain_of_jobs_stays_with_the_generations_it_began_with(tmp_path):
     """Between any two jobs of the chain another writer publishes."""
     write_corpus(str(tmp_path), VECTORS, DOC_IDS)
@@ -293,6 +297,7 @@ def read_delta(uri: str) -> tuple[dict, set]:
     return put, deleted
 
 
+@pytest.mark.slow
 def test_partitions_with_the_same_content_are_not_written_again(tmp_path):
     """Queries that are searched again, in other blocks, and one of them with another vector."""
     write_corpus(str(tmp_path), VECTORS, DOC_IDS)
@@ -317,6 +322,7 @@ def test_partitions_with_the_same_content_are_not_written_again(tmp_path):
     assert read_delta(config.output)[0].keys() == {"q7"}
 
 
+@pytest.mark.slow
 def test_what_is_lost_is_made_again_byte_for_byte(config):
     """A job killed anywhere leaves less than this: some files of each step, and no manifests."""
     config = replace(config, max_similarity=0.97, diversity=0.2)
@@ -376,6 +382,7 @@ def test_every_query_has_a_row_and_of_a_repeated_one_the_best_list(corpus_uri, t
     assert read_delta(config.output) == ({f"q{i}": [] for i in range(40)}, set())
 
 
+@pytest.mark.slow
 def test_text_queries_are_answered(ray_cluster, tiny_model, tmp_path):
     texts_uri(tmp_path, tiny_model)
     config = PrecomputeConfig(
@@ -411,7 +418,8 @@ def texts_uri(tmp_path, tiny_model) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("mode", [pytest.param("queries", marks=pytest.mark.slow), "items"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["queries", "items"])
 def test_a_reranker_puts_the_candidates_in_order(
     ray_cluster, mode, tmp_path, tiny_model, tiny_reranker
 ):

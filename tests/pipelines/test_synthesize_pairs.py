@@ -76,11 +76,11 @@ def make_task(**settings) -> SynthesisTask:
 
 @pytest.mark.ray
 @uses_ray
-def test_every_document_becomes_a_pair_or_a_reject_with_its_reason(store_uri):
+def test_every_document_becomes_a_pair_or_a_reject_with_its_reason(s3_bucket):
     rows = make_rows()
-    write_corpus(store_uri, rows)
+    write_corpus(s3_bucket, rows)
     with chat_server() as (endpoint, state):
-        config = make_config(store_uri, endpoint=endpoint, languages=("English:1",))
+        config = make_config(s3_bucket, endpoint=endpoint, languages=("English:1",))
         summary = synthesize_pairs(config)
         asked = sum(state.seen.values())
         again = synthesize_pairs(config)
