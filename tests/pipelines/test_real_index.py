@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 NUM_MINILM, NUM_QUERIES, NUM_SHARDS = 60_000, 1000, 8
-FIRST_CHARACTERS = 160
+FIRST_CHARACTERS = 60
 """Of a description's body, for the model that reads characters."""
 
 
