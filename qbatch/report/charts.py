@@ -30,6 +30,7 @@ _INK, _GRID, *_SERIES = _COLOURS
 
 _MAX_BARS = 24
 _MAX_MARKERS = 16
+_MAX_LETTERS = 30
 
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -133,11 +134,13 @@ def _for_page(svg: str, title: str) -> str:
 
 def bar_chart(title: str, values: Mapping[str, float], *, unit: str) -> str:
     """Return horizontal bars in the order given, each with its value; the first 24 of more."""
-    shown = dict(list(values.items())[:_MAX_BARS])
-    with drawing(title, height=max(0.4, 0.12 * len(shown) + 0.2)) as chart:
+    names = [*values][:_MAX_BARS]
+    lengths = [values[name] for name in names]
+    with drawing(title, height=max(0.4, 0.12 * len(names) + 0.2)) as chart:
         axes = chart.axes
-        bars = axes.barh([*shown], [*shown.values()], color=_SERIES[0], height=0.7)
-        axes.bar_label(bars, labels=[f"{value:,.4g}" for value in shown.values()], padding=3)
+        bars = axes.barh(range(len(names)), lengths, color=_SERIES[0], height=0.7)
+        axes.set_yticks(range(len(names)), [name[:_MAX_LETTERS] for name in names])
+        axes.bar_label(bars, labels=[f"{length:,.4g}" for length in lengths], padding=3)
         axes.invert_yaxis()
         axes.margins(x=0.2)
         axes.grid(visible=False, axis="y")

@@ -30,7 +30,11 @@ def vectors_body(report: Report) -> Body:
         Card(name="Units reused", path="units_reused"),
         Card(name="Generation", path="generation"),
     ]
-    body.charts = [*seconds_chart(report, is_summed=True), *throughput_charts(report, "tokens"), *body.charts]
+    body.charts = [
+        *seconds_chart(report, is_summed=True),
+        *throughput_charts(report, "tokens"),
+        *body.charts,
+    ]
     if lengths := find(report, "details.passage_tokens"):
         drawn = histogram(
             "Length of passages",
