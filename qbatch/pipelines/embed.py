@@ -211,13 +211,12 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
         "tokens": counts["tokens"],
         **progress.summary(total_s=time.perf_counter() - started),
     }
-    write_report(
-        storage,
-        "vectors",
-        summary,
-        lambda: {**progress.details(), **vectors_details(PublishedTable(storage, published))},
-    )
+    write_report(storage, "vectors", summary, partial(_details, storage, published, progress))
     return summary
+
+
+def _details(storage: Storage, published: Generation, progress: EmbedProgress) -> dict[str, Any]:
+    return {**progress.details(), **vectors_details(PublishedTable(storage, published))}
 
 
 def _resolve(

@@ -51,6 +51,8 @@ class Grid:
     note: str = ""
     tones: Sequence[str] = ()
     """Of each row: good or bad; () for none."""
+    is_grouped: bool = False
+    """The first cell of a row, where it is not empty, stands as a line above the row."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -125,7 +125,7 @@ def run_body(report: Report) -> Body:
     rows = _once([list(sample.values()) for sample in find(report, "details.samples") or []])
     if rows:
         columns = ["query", "rank", "document", "score"]
-        body.grids.insert(0, Grid(title="Ten queries", columns=columns, rows=rows))
+        body.grids.insert(0, Grid(title="Ten queries", columns=columns, rows=rows, is_grouped=True))
     return body
 
 
@@ -155,7 +155,9 @@ def reranked_body(report: Report) -> Body:
     )
     if rows:
         columns = ["query", "rank", "the retrieval had", "the reranker has", "its score"]
-        body.grids.insert(0, Grid(title="Ten queries, side by side", columns=columns, rows=rows))
+        body.grids.insert(
+            0, Grid(title="Ten queries, side by side", columns=columns, rows=rows, is_grouped=True)
+        )
     return body
 
 

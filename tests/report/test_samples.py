@@ -103,6 +103,18 @@ def test_details_of_a_reranked_run(store_uri):
     assert "overlap" not in reranked_details(published(f"{store_uri}/none", [table]))
 
 
+def test_empty_tables_have_details(tmp_path):
+    """As of a job that rejected every row."""
+    for schema, details in ((RUN, run_details), (RERANKED, reranked_details)):
+        for i, tables in enumerate(([], [schema.empty_table()])):
+            found = details(published(str(tmp_path / f"{details.__name__}{i}"), tables))
+            assert not any(found.values())
+    tokens = pa.table({"num_tokens": pa.array([], pa.int32())})
+    for name, tables in {"none": [], "empty": [tokens]}.items():
+        found = vectors_details(published(str(tmp_path / name), tables))
+        assert found == {"passage_tokens": None, "rejected_samples": []}
+
+
 def test_queries_are_shown_before_and_after():
     rows = [row for row in reranked_rows() if row["rank"] <= 2]
     texts = [
