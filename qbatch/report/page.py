@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, TemplateError
 
 from qbatch.report.charts import bar_chart
 
@@ -67,14 +67,22 @@ class Body:
 
 
 def render(title: str, report: Report, body: Body) -> str:
-    """Return the page as HTML that refers to nothing outside itself but ``body.links``."""
+    """Return the page as HTML that refers to nothing outside itself but ``body.links``.
+
+    Raises:
+        ValueError: The template does not fit what it is to show.
+    """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["shown"] = shown
     template = files("qbatch.report").joinpath("page.html").read_text("utf-8")
     cards = [(card, found) for card in body.cards if (found := find(report, card.path)) is not None]
-    return environment.from_string(template).render(
-        title=title, report=report, body=body, cards=cards, numbers=list(iter_numbers(report))
-    )
+    numbers = list(iter_numbers(report))
+    try:
+        return environment.from_string(template).render(
+            title=title, report=report, body=body, cards=cards, numbers=numbers
+        )
+    except TemplateError as error:
+        raise ValueError(f"page.html cannot show {title!r}: {error}") from error
 
 
 def find(report: Report, path: str) -> Any:  # noqa: ANN401 - whatever the report holds

@@ -61,7 +61,9 @@ def write_page(storage: Storage, kind: "Kind", report: Mapping[str, Any]) -> Non
 
         storage.write("report.html", render_report(kind, report).encode("utf-8", "replace"))
     except _FAILURES as error:
-        log.warning("no report.html in %s: %s", storage.uri, _reason(error))
+        log.warning(
+            "no report.html of this run in %s, one there is older: %s", storage.uri, _reason(error)
+        )
 
 
 def _reason(error: BaseException) -> str:

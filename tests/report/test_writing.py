@@ -1,9 +1,11 @@
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 
 from qbatch.errors import StorageError
+from qbatch.report.page import render
 from qbatch.report.writing import write_page, write_report
 from qbatch.storage import Storage
 from tests.report.samples_of_reports import read_report
@@ -45,11 +47,17 @@ def test_a_page_that_cannot_be_drawn_fails_nothing(tmp_path, caplog):
     write_report(storage, "index", {"generation": 1, "search": {}}, dict)
     assert json.loads(storage.read("report.json"))["generation"] == 1
     assert not storage.exists("report.html")
-    assert "no report.html" in caplog.text
+    assert "no report.html of this run" in caplog.text
     assert "KeyError" in caplog.text
+
+
+def test_a_template_that_does_not_fit_is_a_named_error():
+    """As when the package is replaced while a job runs; ``write_page`` makes it a warning."""
+    with pytest.raises(ValueError, match="page.html cannot show 'Title': .* 'links'"):
+        render("Title", {}, SimpleNamespace(cards=[]))
 
 
 def test_a_page_that_cannot_be_stored_fails_nothing(tmp_path, caplog):
     (tmp_path / "report.html").mkdir()
     write_page(Storage(str(tmp_path)), "evaluation", read_report("evaluation"))
-    assert "no report.html" in caplog.text
+    assert "no report.html of this run" in caplog.text
