@@ -9,8 +9,6 @@ from tests.report.samples_of_reports import KINDS, read_report, rendered
 HIDDEN = ("samples", "rejected_samples")
 """Texts; they are shown as tables."""
 
-EMPTY = {"meta", "link", "br", "img"}
-
 
 class Page(HTMLParser):
     """What stands on a page: tags with attributes, and the text of each cell with a path."""
@@ -102,7 +100,7 @@ def poisoned(value):
     return f"{value}{HOSTILE}" if isinstance(value, str) else value
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["vectors", "index", "reranked", "night"])
 def test_hostile_texts_stay_texts(kind):
     report = read_report(kind)
     tags = {tag for tag, _ in Page(rendered(kind)).tags}
@@ -110,8 +108,7 @@ def test_hostile_texts_stay_texts(kind):
     page = Page(render_report(kind, attacked))
     assert {tag for tag, _ in page.tags} <= tags | {"section", "p"}
     assert not any(name.startswith("on") for _, found in page.tags for name in found)
-    if HOSTILE in json.dumps(attacked, ensure_ascii=False).replace('\\"', '"'):
-        assert any(HOSTILE in text for text in page.texts)
+    assert any(HOSTILE in text for text in page.texts)
 
 
 def test_rejects_are_shown_by_reason_with_samples():
@@ -135,8 +132,7 @@ def test_the_chosen_effort_is_marked():
     report = read_report("index")
     page = Page(rendered("index"))
     assert report["search"] == {"nprobe": 4}
-    marked = [i for i, (tag, found) in enumerate(page.tags) if found.get("class") == "good"]
-    assert len(marked) == 1
+    assert [found.get("class") for tag, found in page.tags if tag == "tr"].count("good") == 1
     assert "chosen" in page.texts
 
 

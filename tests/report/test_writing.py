@@ -53,7 +53,7 @@ def test_a_page_that_cannot_be_drawn_fails_nothing(tmp_path, caplog):
 
 def test_a_template_that_does_not_fit_is_a_named_error():
     """As when the package is replaced while a job runs; ``write_page`` makes it a warning."""
-    with pytest.raises(ValueError, match="page.html cannot show 'Title': .* 'links'"):
+    with pytest.raises(ValueError, match=r"page\.html cannot show 'Title': .* 'links'"):
         render("Title", {}, SimpleNamespace(cards=[]))
 
 
