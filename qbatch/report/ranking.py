@@ -236,6 +236,9 @@ def evaluation_body(report: Report) -> Body:
     body = Body(cards=[Card(name="Judged queries", path="queries")])
     for name in metrics:
         body.cards.append(Card(name=name, path=f"metrics.{name}"))
+    for stage in ("retrieval", "reranking"):  # of models, over several sets
+        for name in report.get(f"mean_{stage}", {}):
+            body.cards.append(Card(name=f"{name}, {stage}", path=f"mean_{stage}.{name}"))
     if metrics:
         body.charts.append(Chart(title="Metrics", svg=bar_chart("Metrics", metrics, unit="mean")))
     if "comparison" in report:

@@ -144,6 +144,12 @@ def test_a_report_without_details_has_a_page(kind):
     assert ("generation", 3, "3") in page.numbers
 
 
+def test_an_evaluation_of_models_shows_their_means():
+    page = Page(render_report("evaluation", {"mean_retrieval": {"ndcg@10": 0.5}, "tasks": {}}))
+    assert "ndcg@10, retrieval" in page.texts
+    assert page.numbers[0] == ("mean_retrieval.ndcg@10", 0.5, "0.5")
+
+
 def test_a_night_that_ended_early_has_a_page():
     report = {"released": False, "error": "it failed", "compared_with": None, "tables": {}}
     page = Page(render_report("night", {**report, "seconds": 1.5, "details": {"releases": []}}))
