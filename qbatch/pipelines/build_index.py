@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -48,6 +49,7 @@ from qbatch.pipelines.index_shards import build_missing, finished_shards
 from qbatch.pipelines.index_task import SIDECAR_COLUMNS, IndexTask, Training
 from qbatch.pipelines.index_training import TrainingRequest, choose, train
 from qbatch.pipelines.unit_files import store_plan
+from qbatch.report.writing import write_report
 from qbatch.schema import FILES, SCHEMA_VERSION, SHARDS
 from qbatch.storage import Storage, probe
 from qbatch.tables import PublishedTable, open_vectors
@@ -146,8 +148,7 @@ def build_index(config: BuildIndexConfig) -> dict[str, Any]:
         "search": draft.details["search"],
         "seconds": {**built.seconds, "total": round(time.perf_counter() - started, 3)},
     }
-    report = {**summary, "details": draft.details}
-    storage.write("report.json", json.dumps(report, indent=1).encode())
+    write_report(storage, "index", summary, partial(_details, draft, built))
     return summary
 
 
@@ -478,6 +479,21 @@ class _Build:
             "shard_task_gib": round(plan.shard / 2**30, 3),
             "training_gib": round(plan.training / 2**30, 3),
         }
+
+
+def _details(draft: Generation, built: _Built) -> dict[str, Any]:
+    """Return what the manifest keeps, and what the shards are like."""
+    shards = [
+        {
+            "rows": shard.rows,
+            "dead": len(shard.dead),
+            "delta": shard.is_delta,
+            "bytes": record["index"]["bytes"],
+            "lists": record["facts"]["lists"],
+        }
+        for shard, record in zip(built.shards, built.records, strict=True)
+    ]
+    return {**draft.details, "shards": shards}
 
 
 def _search_settings(factory: str, effort: int) -> dict[str, int]:

@@ -47,9 +47,12 @@ from qbatch.pipelines.embed_task import EmbedTask
 from qbatch.pipelines.embed_write import write_unit
 from qbatch.pipelines.finished_units import finished_units
 from qbatch.pipelines.unit_files import OUTPUTS, listed_files, listed_rejects
+from qbatch.report.embedding import vectors_details
 from qbatch.report.progress import EmbedProgress
+from qbatch.report.writing import write_report
 from qbatch.schema import SCHEMA_VERSION, ComputeDtype, VectorDtype
 from qbatch.storage import Storage, probe
+from qbatch.tables import PublishedTable
 
 log = logging.getLogger(__name__)
 
@@ -208,8 +211,12 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
         "tokens": counts["tokens"],
         **progress.summary(total_s=time.perf_counter() - started),
     }
-    storage.write("report.json", json.dumps(summary, indent=1).encode())
+    write_report(storage, "vectors", summary, partial(_details, storage, published, progress))
     return summary
+
+
+def _details(storage: Storage, published: Generation, progress: EmbedProgress) -> dict[str, Any]:
+    return {**progress.details(), **vectors_details(PublishedTable(storage, published))}
 
 
 def _resolve(

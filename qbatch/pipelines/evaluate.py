@@ -1,6 +1,5 @@
 """The evaluate job: a run, or models on evaluation sets, become metrics."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from qbatch.evaluation.comparison import compare
 from qbatch.evaluation.metrics import Judgements, Metric, parse_metrics, score_queries
 from qbatch.evaluation.ranking import rank_documents
 from qbatch.evaluation.reading import read_qrels, read_run
+from qbatch.report.writing import write_report
 from qbatch.schema import ComputeDtype
 from qbatch.storage import Storage
 
@@ -235,4 +235,4 @@ def _write(storage: Storage, summary: dict[str, Any], table: tuple[str, pa.Table
     sink = pa.BufferOutputStream()
     pq.write_table(values, sink)
     storage.write(name, sink.getvalue().to_pybytes())
-    storage.write("report.json", json.dumps(summary, indent=1).encode())
+    write_report(storage, "evaluation", summary)

@@ -69,6 +69,7 @@ from qbatch.pipelines.unit_files import (
     write_unit_file,
 )
 from qbatch.report.rerank_progress import RerankProgress
+from qbatch.report.writing import write_report
 from qbatch.schema import SCHEMA_VERSION, TRAINING_PAIRS, ComputeDtype
 from qbatch.storage import Storage, probe
 
@@ -244,7 +245,7 @@ def filter_pairs(config: FilterPairsConfig) -> dict[str, Any]:
             "total": round(time.perf_counter() - started, 3),
         },
     }
-    storage.write("report.json", json.dumps(summary, indent=1).encode())
+    write_report(storage, "pairs", summary)
     return summary
 
 

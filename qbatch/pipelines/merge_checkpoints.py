@@ -1,6 +1,5 @@
 """The merge job: checkpoints of one model become one model, tensor by tensor."""
 
-import json
 import logging
 import math
 import shutil
@@ -14,6 +13,7 @@ from qbatch.cli import FloatList, StrList
 from qbatch.errors import ConfigError
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import hash_tokenizer, read_json, weight_files, weights_sha256
+from qbatch.report.writing import write_report
 from qbatch.storage import Storage, probe
 from qbatch.training.merging import MergeMethod, MergeSettings, merge_weights
 from qbatch.training.publishing import COMPLETE, publish_directory, read_complete, workspace
@@ -99,7 +99,7 @@ def merge_checkpoints(config: MergeCheckpointsConfig) -> dict[str, Any]:
         num_tensors = merge_weights(folders, folder, settings, base)
         publish_directory(folder, storage, "", recipe)
     summary |= {"tensors": num_tensors, "seconds": round(time.perf_counter() - started, 3)}
-    storage.write("report.json", json.dumps(summary, indent=1).encode())
+    write_report(storage, "merged-model", summary)
     return summary
 
 

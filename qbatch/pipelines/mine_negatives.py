@@ -61,6 +61,7 @@ from qbatch.pipelines.search_index import SearchIndexConfig, open_index_table, s
 from qbatch.pipelines.search_queries import QueryBlock
 from qbatch.pipelines.tasks import results_as_completed
 from qbatch.pipelines.unit_files import OUTPUTS, list_partials, listed_files, listed_rejects
+from qbatch.report.writing import write_report
 from qbatch.schema import SCHEMA_VERSION, ComputeDtype
 from qbatch.storage import Storage, probe
 from qbatch.tables import PublishedTable, open_table
@@ -261,7 +262,7 @@ def mine_negatives(config: MineNegativesConfig) -> dict[str, Any]:
             "total": round(time.perf_counter() - started, 3),
         },
     }
-    storage.write("report.json", json.dumps(summary, indent=1).encode())
+    write_report(storage, "pairs", summary)
     return summary
 
 

@@ -5,7 +5,6 @@ table below ``--output``, so that a killed job goes on where it stopped and ever
 at.
 """
 
-import json
 import logging
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from qbatch.pipelines.search_index import (
     query_source,
     search_index,
 )
+from qbatch.report.writing import write_report
 from qbatch.storage import Storage, probe
 from qbatch.tables import PublishedTable, open_table
 
@@ -269,7 +269,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
             "total": round(done_at - started, 3),
         },
     }
-    storage.write("report.json", json.dumps(summary, indent=1).encode())
+    write_report(storage, "recommendations", summary)
     return summary
 
 

@@ -5,12 +5,12 @@ pinned to that very generation. The release, written last, names the generations
 together, so that a night that dies or fails a gate leaves readers where they were.
 """
 
-import json
 import logging
 import os
 import socket
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from qbatch.cli import Derived
@@ -26,6 +26,8 @@ from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus, planned_fing
 from qbatch.pipelines.precompute import Mode, PrecomputeConfig, precompute
 from qbatch.pipelines.release_gates import GatesConfig, check_gates, format_gates
 from qbatch.release import Release, TableRef, latest_release, open_release, publish_release
+from qbatch.report.night import release_trend
+from qbatch.report.writing import write_report
 from qbatch.storage import Storage, probe
 
 log = logging.getLogger(__name__)
@@ -346,4 +348,4 @@ class _Night:
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write what happened beside the releases."""
-        self.storage.write("report.json", json.dumps(report, indent=1).encode())
+        write_report(self.storage, "night", report, partial(release_trend, self.storage))

@@ -49,13 +49,17 @@ from qbatch.pipelines.rerank_forward import RerankActor
 from qbatch.pipelines.rerank_lists import NestedColumns
 from qbatch.pipelines.rerank_plan import JoinPlan, join_candidates
 from qbatch.pipelines.rerank_read import read_and_tokenize_pairs
+from qbatch.pipelines.rerank_samples import sample_queries
 from qbatch.pipelines.rerank_sources import candidate_source, run_source
 from qbatch.pipelines.rerank_task import Fusion, RerankTask
 from qbatch.pipelines.rerank_write import write_ranked
 from qbatch.pipelines.unit_files import OUTPUTS, listed_files, listed_rejects
+from qbatch.report.ranking import reranked_details
 from qbatch.report.rerank_progress import RerankProgress
+from qbatch.report.writing import write_report
 from qbatch.schema import SCHEMA_VERSION, ComputeDtype
 from qbatch.storage import Storage, probe
+from qbatch.tables import PublishedTable
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +319,17 @@ class _Rerank:
             "units_reused": len(done),
             **progress.summary(join_s=join_s, total_s=time.perf_counter() - started),
         }
-        self.storage.write("report.json", json.dumps(summary, indent=1).encode())
+        table = PublishedTable(self.storage, published)
+        write_report(
+            self.storage,
+            "reranked",
+            summary,
+            lambda: {
+                **progress.details(),
+                **reranked_details(table),
+                "samples": sample_queries(self.storage, joined.units, plan.keys, outputs),
+            },
+        )
         return summary
 
 

@@ -45,6 +45,8 @@ from qbatch.pipelines.unit_files import (
     listed_rejects,
     store_plan,
 )
+from qbatch.report.ranking import run_details
+from qbatch.report.writing import write_report
 from qbatch.schema import UNITS
 from qbatch.storage import Storage, open_object, probe
 from qbatch.tables import PublishedTable, open_table, open_vectors
@@ -154,7 +156,7 @@ def search_index(config: SearchIndexConfig) -> dict[str, Any]:
             "total": round(time.perf_counter() - started, 3),
         },
     }
-    storage.write("report.json", json.dumps(summary, indent=1).encode())
+    write_report(storage, "run", summary, lambda: run_details(PublishedTable(storage, published)))
     return summary
 
 

@@ -57,6 +57,7 @@ from qbatch.pipelines.synthesis_units import (
 )
 from qbatch.pipelines.unit_files import OUTPUTS, listed_files, listed_rejects
 from qbatch.report.synthesis_progress import SynthesisProgress
+from qbatch.report.writing import write_report
 from qbatch.schema import SCHEMA_VERSION, ComputeDtype
 from qbatch.storage import Storage, probe
 from qbatch.training.personas import default_personas
@@ -320,7 +321,7 @@ def synthesize_pairs(config: SynthesizePairsConfig) -> dict[str, Any]:
         "units_reused": len(done),
         **progress.summary(total_s=time.perf_counter() - started),
     }
-    storage.write("report.json", json.dumps(summary, indent=1).encode())
+    write_report(storage, "pairs", summary)
     return summary
 
 

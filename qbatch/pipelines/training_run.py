@@ -18,6 +18,7 @@ from qbatch.pipelines.cluster import cluster_resources, ray_session
 from qbatch.pipelines.compute_dtype import compute_dtype
 from qbatch.pipelines.training_config import TrainingConfig, training_fingerprint
 from qbatch.pipelines.training_estimate import estimate_training
+from qbatch.report.writing import write_page
 from qbatch.schema import ComputeDtype
 from qbatch.storage import Storage, probe
 from qbatch.training.checkpoints import refuse_other_runs
@@ -60,6 +61,7 @@ def run_training(config: TrainingConfig, settings: Settings) -> dict[str, Any]:
             _log_plan(stages, workers)
             _run_workers(config, task, settings, workers)
     report: dict[str, Any] = json.loads(storage.read("report.json"))
+    write_page(storage, "model", report)
     return {key: value for key, value in report.items() if key != "curve"}
 
 

@@ -29,7 +29,7 @@ _MANIFEST = re.compile(r"(?:(.+)/)?manifests/(\d{8})\.json")
 _OWN = re.compile(r"model-[0-9a-f]{8}/|manifests/|leases/|\.probe/")
 """Directories that only nights write to; anything else is the user's."""
 
-_STAYS = re.compile(r"(?:.+/)?(?:report\.json|calibrations/[^/]+)")
+_STAYS = re.compile(r"(?:.+/)?(?:report\.(?:json|html)|calibrations/[^/]+)")
 """Small, not listed anywhere, and missed when gone: int8 has one calibration a table."""
 
 _TRAINING = re.compile(r"(.+)/training/[^/]+\.json")

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from qbatch.report.throughput import Throughput
+
 log = logging.getLogger(__name__)
 
 _INTERVAL_S = 10.0
@@ -21,6 +23,7 @@ class EmbedProgress:
         self._started = self._last_line = time.monotonic()
         self._totals: Counter[str] = Counter()
         self._seconds: Counter[str] = Counter()
+        self._throughput = Throughput()
 
     def add(self, stats: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
         """Take in one finished unit; log a line when the last one is old enough."""
@@ -31,6 +34,12 @@ class EmbedProgress:
         self._totals.update({name: counts[name] for name in names})
         self._totals["rejected"] += sum(counts["rejected"].values())
         now = time.monotonic()
+        self._throughput.add(
+            now - self._started,
+            stats["seconds"]["forward"],
+            tokens=stats["tokens_packed"],
+            room=stats["pack_room"],
+        )
         if now - self._last_line >= _INTERVAL_S or self._num_done == self._num_units:
             self._last_line = now
             self._log(max(now - self._started, 1e-9))
@@ -59,4 +68,15 @@ class EmbedProgress:
         return {
             "pack_fill": round(self._totals["tokens_packed"] / room, 4) if room else None,
             "seconds": {**seconds, "total": round(total_s, 3)},
+        }
+
+    def details(self) -> dict[str, Any]:
+        """Return ``throughput``: spans of ``span_s`` seconds with their speed and pack fill."""
+        filled = zip(self._throughput.sums("tokens"), self._throughput.sums("room"), strict=True)
+        return {
+            "throughput": {
+                "span_s": self._throughput.span_s,
+                "tokens_per_s": self._throughput.rates("tokens"),
+                "pack_fill": [round(tokens / room, 4) if room else 0.0 for tokens, room in filled],
+            }
         }

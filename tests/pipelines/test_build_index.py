@@ -80,6 +80,8 @@ def test_every_vector_is_indexed_once_and_a_second_run_makes_nothing(config):
         np.testing.assert_allclose(stored[f"d{i}"], VECTORS[i], atol=1e-6)
     report = json.loads(Storage(config.output).read("report.json"))
     assert report["details"]["curve"][0]["effort"] == 1
+    assert sum(shard["rows"] for shard in report["details"]["shards"]) == ROWS
+    assert b"Recall against time" in Storage(config.output).read("report.html")
 
     again = build_index(config)
     assert (again["generation"], again["shards_made"], again["shards_reused"]) == (1, 0, 4)

@@ -84,7 +84,12 @@ def test_every_row_is_embedded_once_and_a_second_run_makes_nothing(config):
     rows = published_rows(config.output)
     assert len(rows) == num_rows
     assert set(rows.values()) == {1}
-    assert json.loads(Storage(config.output).read("report.json")) == summary
+    report = json.loads(Storage(config.output).read("report.json"))
+    details = report.pop("details")
+    assert report == summary
+    assert 0 < sum(details["passage_tokens"]["counts"]) <= summary["passages"]
+    assert max(details["throughput"]["tokens_per_s"]) > 0
+    assert b"Length of passages" in Storage(config.output).read("report.html")
 
     again = embed_corpus(config)
     assert (again["units_made"], again["units_reused"]) == (0, summary["units_made"])

@@ -69,7 +69,11 @@ def test_a_night_releases_tables_that_belong_together(first, config, corpus):
     assert content["answers"]["q1"][0][0] == "d3"  # which has the text of the query
     gates = release.generation.details["gates"]
     assert {gate["verdict"] for gate in gates} == {"pass"}
-    assert json.loads(Storage(config.output).read("report.json")) == first
+    report = json.loads(Storage(config.output).read("report.json"))
+    (shown,) = report.pop("details")["releases"]
+    assert report == first
+    assert (shown["release"], shown["documents"]) == (1, first["vectors"]["rows_in"])
+    assert b"recall@10 of the index" in Storage(config.output).read("report.html")
 
 
 def test_a_night_without_change_makes_and_publishes_nothing(first, config):
@@ -81,7 +85,7 @@ def test_a_night_without_change_makes_and_publishes_nothing(first, config):
     after = objects(config.output, "model-")
     assert after.keys() == before.keys()
     changed = {path for path in after if after[path] != before[path]}
-    assert not [path for path in changed if "report.json" not in path and "plans/" not in path]
+    assert not [path for path in changed if "/report." not in path and "plans/" not in path]
     assert release_numbers(Storage(config.output)) == [1]
 
 

@@ -111,7 +111,14 @@ def test_a_run_is_ranked_as_the_model_ranks_and_a_second_run_makes_nothing(confi
         assert (row["retrieval_rank"], row["retrieval_score"]) == (rank, pytest.approx(score))
         assert row["passage_id"] == row["doc_id"]
         assert row["score"] == pytest.approx(1 / (1 + np.exp(-row["log_odds"])), abs=1e-6)
-    assert json.loads(Storage(config.output).read("report.json")) == summary
+    report = json.loads(Storage(config.output).read("report.json"))
+    details = report.pop("details")
+    assert report == summary
+    assert 0 < sum(details["scores"]["counts"]) <= summary["ranked"]  # of up to eight files
+    shown = [sample["reranked"] for sample in details["samples"]]
+    assert shown
+    assert set(shown) <= set(MADE.documents.values())
+    assert b"Rank movement" in Storage(config.output).read("report.html")
     before = [o.path for o in Storage(config.output).iter_objects()]
     again = rerank_candidates(config)
     assert (again["generation"], again["units_made"]) == (1, 0)

@@ -104,7 +104,11 @@ def test_a_run_holds_the_best_documents_and_a_second_run_makes_nothing(config):
     assert (summary["generation"], summary["queries"], summary["rows"]) == (1, 300, 1500)
     assert summary["rejected"] == {}
     assert_exact(config.output)
-    assert json.loads(Storage(config.output).read("report.json")) == summary
+    report = json.loads(Storage(config.output).read("report.json"))
+    details = report.pop("details")
+    assert report == summary
+    assert sum(details["best_scores"]["counts"]) == 300
+    assert b"Score by rank" in Storage(config.output).read("report.html")
     before = [o.path for o in Storage(config.output).iter_objects("data")]
     again = search_index(config)
     assert (again["generation"], again["rows"]) == (1, 1500)

@@ -97,6 +97,7 @@ def release_night(uri: str, night: int) -> Release:
     for path in ("partials/x.arrow", "join/x.parquet", ".probe/x", "data/killed.parquet"):
         put(answers, path)
     answers.write("report.json", b"{}")
+    answers.write("report.html", b"<p>")
     vectors.write("calibrations/0.json", b"{}")
     return publish_release(root, refs, current=latest_release(root), config={}, gates=[])
 
@@ -176,7 +177,7 @@ def test_what_no_kept_release_needs_goes_and_nothing_else(nights):
         f"index/training/night{n}.json" for n in (5, 6)
     }
     assert not [p for p in left if "partials" in p or "join" in p or "killed" in p or "probe/" in p]
-    assert {"answers/report.json", "vectors/calibrations/0.json"} <= left
+    assert {"answers/report.json", "answers/report.html", "vectors/calibrations/0.json"} <= left
     again = vacuum(config)
     assert (again["objects"], again["bytes"]) == (0, 0)
     assert (rollback(RollbackConfig(output=nights, release=5)))["release"] == 7

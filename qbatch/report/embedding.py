@@ -1,0 +1,68 @@
+"""The report of an embed job: speed, lengths of passages, and what was rejected."""
+
+from typing import Any
+
+from qbatch.report.charts import Axis, Histogram, Line, histogram, line_chart
+from qbatch.report.page import Body, Card, Chart, Report, find, rejects, seconds_chart
+from qbatch.report.samples import bins, sample_rejects, sample_rows
+from qbatch.tables import PublishedTable
+
+
+def vectors_details(table: PublishedTable) -> dict[str, Any]:
+    """Return ``passage_tokens``, a histogram over a sample, and ``rejected_samples``."""
+    tokens = sample_rows(table, ["num_tokens"])["num_tokens"].to_numpy()
+    return {
+        "passage_tokens": bins(tokens.astype(float), whole=True),
+        "rejected_samples": sample_rejects(table),
+    }
+
+
+def vectors_body(report: Report) -> Body:
+    """Return what the page of a vectors table shows."""
+    body = rejects(report)
+    body.cards = [
+        Card(name="Documents read", path="rows_in"),
+        Card(name="Passages", path="passages"),
+        Card(name="Embedded now", path="passages_embedded"),
+        Card(name="Tokens", path="tokens"),
+        Card(name="Pack fill", path="pack_fill"),
+        Card(name="Seconds", path="seconds.total", unit=" s"),
+        Card(name="Units reused", path="units_reused"),
+        Card(name="Generation", path="generation"),
+    ]
+    body.charts = [
+        *seconds_chart(report, is_summed=True),
+        *throughput_charts(report, "tokens"),
+        *body.charts,
+    ]
+    if lengths := find(report, "details.passage_tokens"):
+        drawn = histogram(
+            "Length of passages",
+            [Histogram(name="passages", **lengths)],
+            x_label="tokens",
+            y_label="passages",
+        )
+        note = "Of the first passages of up to eight files of the table."
+        body.charts.insert(1, Chart(title="Length of passages", svg=drawn, note=note))
+    return body
+
+
+def throughput_charts(report: Report, what: str) -> list[Chart]:
+    """Return what was done a second over time, and how full packs were, where the job knows."""
+    found = find(report, "details.throughput")
+    if not found or not found[f"{what}_per_s"]:
+        return []
+    charts = []
+    note = "A unit of work counts evenly over the time its forward passes took."
+    names = {f"{what}_per_s": f"{what.capitalize()} a second", "pack_fill": "Pack fill"}
+    for key, title in names.items():
+        if key in found:
+            minutes = [(i + 0.5) * found["span_s"] / 60 for i in range(len(found[key]))]
+            drawn = line_chart(
+                title,
+                [Line(name=title, x=minutes, y=found[key])],
+                x=Axis(label="minutes since the start"),
+                y=Axis(label=title.lower(), from_zero=True),
+            )
+            charts.append(Chart(title=f"{title} over time", svg=drawn, note=note))
+    return charts
