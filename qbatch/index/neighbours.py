@@ -14,6 +14,9 @@ import numpy as np
 from qbatch.index.columns import Metric, scores_of
 from qbatch.index.factory import search_parameters
 
+_QUERIES_IN_PARALLEL = 3
+"""IndexIVF's ``parallel_mode``."""
+
 _FAISS_METRICS = {"l2": faiss.METRIC_L2, "inner_product": faiss.METRIC_INNER_PRODUCT}
 
 
@@ -111,10 +114,14 @@ def search_lists(
     lists: np.ndarray,
     near: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Search given lists; FAISS's wrapper takes their number from the index, not from a call."""
-    before, index.nprobe = index.nprobe, lists.shape[1]
+    """Search given lists; FAISS's wrapper takes their number from the index, not from a call.
+
+    FAISS's default mode shares queries among threads only where it assigns lists itself.
+    """
+    before = index.nprobe, index.parallel_mode
+    index.nprobe, index.parallel_mode = lists.shape[1], _QUERIES_IN_PARALLEL
     distances, rows = index.search_preassigned(queries, depth, lists, near)
-    index.nprobe = before
+    index.nprobe, index.parallel_mode = before
     return distances, rows
 
 

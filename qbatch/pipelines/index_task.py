@@ -66,4 +66,5 @@ class IndexTask:
 
     def read_training_file(self, entry: dict[str, Any]) -> bytes:
         """Return the checked content of the template or of the probes."""
-        return read_verified(Storage(self.output), entry).to_pybytes()
+        content: bytes = read_verified(Storage(self.output), entry).to_pybytes()
+        return content

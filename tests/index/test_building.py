@@ -7,6 +7,7 @@ import pytest
 from qbatch.index.building import ShardBuilder, list_facts
 from qbatch.index.columns import VectorColumn
 from qbatch.index.probes import ProbeResults, Probes
+from qbatch.index.recall import TUNED_DEPTH
 from qbatch.index.training import Template, train_template
 from tests.vector_tables import FINGERPRINT, clustered, rows_table
 
@@ -61,7 +62,8 @@ def test_the_sweep_ends_when_the_target_is_well_reached():
     assert 0 < len(probes.found) < 8
     assert list(probes.found) == sorted(probes.found)
     everything = build(target_recall=1.0).probes
-    np.testing.assert_array_equal(everything.at(8).rows[:, :50], everything.exact.rows[:, :50])
+    found, exact = everything.at(8).rows, everything.exact.rows
+    np.testing.assert_array_equal(found[:, :TUNED_DEPTH], exact[:, :TUNED_DEPTH])
 
 
 def test_results_survive_storage():
