@@ -13,6 +13,8 @@ from tests.processes import free_port, wait_for_url
 
 # Many processes share few cores here: threads that spin while they wait would starve the others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A worker takes seconds to import what it runs: those that wait are kept for the next test.
+os.environ.setdefault("RAY_num_workers_soft_limit", "6")
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +92,12 @@ def ray_cluster(s3_endpoint: str) -> Iterator[None]:
     """A local Ray for this session's in-process jobs; its workers can reach the S3 server."""
     import ray  # noqa: PLC0415 - slow, and most tests need none
 
-    ray.init(address="local", num_cpus=2, num_gpus=0, object_store_memory=2**29)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=0,
+        object_store_memory=2**29,
+        include_dashboard=False,
+    )
     yield
     ray.shutdown()

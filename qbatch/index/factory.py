@@ -9,7 +9,7 @@ import faiss
 from qbatch.errors import ConfigError
 from qbatch.index.columns import Metric
 
-_FAISS_METRICS = {"l2": faiss.METRIC_L2, "inner_product": faiss.METRIC_INNER_PRODUCT}
+FAISS_METRICS = {"l2": faiss.METRIC_L2, "inner_product": faiss.METRIC_INNER_PRODUCT}
 
 _REFUSED = {
     "OPQ": "training its rotation takes hours on processors; RR<dim> rotates at no cost",
@@ -56,7 +56,7 @@ def make_index(factory: str, dim: int, metric: Metric) -> faiss.Index:
                 f"--factory={factory!r} is refused: {reason}. Use for example IVF4096,SQ8 or auto"
             )
     try:
-        return faiss.index_factory(dim, factory, _FAISS_METRICS[metric])
+        return faiss.index_factory(dim, factory, FAISS_METRICS[metric])
     except RuntimeError as error:
         raise ConfigError(
             f"FAISS cannot make --factory={factory!r} for {dim} components: "

@@ -12,12 +12,10 @@ import faiss
 import numpy as np
 
 from qbatch.index.columns import Metric, scores_of
-from qbatch.index.factory import search_parameters
+from qbatch.index.factory import FAISS_METRICS, search_parameters
 
 _QUERIES_IN_PARALLEL = 3
 """IndexIVF's ``parallel_mode``."""
-
-_FAISS_METRICS = {"l2": faiss.METRIC_L2, "inner_product": faiss.METRIC_INNER_PRODUCT}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +86,7 @@ def exact_neighbours(
     queries: np.ndarray, vectors: np.ndarray, depth: int, metric: Metric
 ) -> Neighbours:
     """Return the true best rows of a matrix: float32 (queries, dim) against (rows, dim)."""
-    distances, rows = faiss.knn(queries, vectors, depth, _FAISS_METRICS[metric])
+    distances, rows = faiss.knn(queries, vectors, depth, FAISS_METRICS[metric])
     return Neighbours.of(distances, rows, metric)
 
 

@@ -51,7 +51,8 @@ def ray_session(*, stall_timeout_s: float) -> Iterator[None]:
     """
     owned = not ray.is_initialized()
     if owned:
-        ray.init(logging_level=logging.WARNING, include_dashboard=None)
+        # Without a dashboard, which takes seconds to start and ends with the job.
+        ray.init(logging_level=logging.WARNING, include_dashboard=False)
     # Ray means to drop free-form remote arguments in 2.64; pyproject.toml stays below that.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -105,7 +105,7 @@ class SearchActor:
         options, vectors = self._task.options, queries.vectors
         assignment = None
         first = self._searchers[next(iter(chosen))].index
-        if len(vectors) and can_share_assignment(first):
+        if len(vectors) and len(chosen) > 1 and can_share_assignment(first):
             assignment = CoarseAssignment(first, vectors, options.effort)
         tables = {}
         for number, shard in chosen.items():
