@@ -124,6 +124,7 @@ def test_a_failing_gate_leaves_the_old_release_and_the_next_night_goes_on(first,
     assert '"d20"' not in everywhere
 
 
+@pytest.mark.slow
 def test_what_was_rolled_back_is_not_released_again_until_something_changes(config, corpus):
     """After release 2 of the test before."""
     assert open_release(config.output).number == 2

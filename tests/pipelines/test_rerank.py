@@ -132,6 +132,7 @@ def test_a_qwen3_over_s3_shares_prefixes(s3_bucket, tiny_judge):
     assert_exact(config.output, tiny_judge, instruction="find w1x")
 
 
+@pytest.mark.slow
 def test_a_published_run_is_an_input_and_units_and_parts_change_nothing(config, tmp_path):
     rerank_candidates(config)
     published = open_table(config.output).to_table()
@@ -145,6 +146,7 @@ def test_a_published_run_is_an_input_and_units_and_parts_change_nothing(config, 
         assert (found["retrieval_rank"], found["rank"]) == (row["rank"], row["rank"])
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_or_changed_is_made(config):
     first = rerank_candidates(config)
     storage = Storage(config.output)

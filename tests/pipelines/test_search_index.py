@@ -115,6 +115,7 @@ def test_a_run_holds_the_best_documents_and_a_second_run_makes_nothing(config):
     assert [o.path for o in Storage(config.output).iter_objects("data")] == before
 
 
+@pytest.mark.slow
 def test_it_works_over_s3(s3_bucket):
     index = build(s3_bucket, "IVF8,Flat")
     write_vectors(f"{s3_bucket}/queries", {"a": rows_table(ASKED, QUERY_IDS)})

@@ -215,6 +215,7 @@ def test_a_killed_job_goes_on_and_asks_for_each_document_once(tmp_path):
 
 @pytest.mark.ray
 @uses_ray
+@pytest.mark.slow
 def test_a_model_in_process_and_people_by_an_embedder(tmp_path, tiny_judge, tiny_model):
     """A random model writes nonsense, but the same nonsense again; an eighth of its tokens end."""
     model = copytree(tiny_judge, tmp_path / "model")

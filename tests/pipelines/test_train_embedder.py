@@ -72,6 +72,7 @@ def test_two_workers_train_as_one_does_replicated_or_sharded(start, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_a_finished_training_is_not_repeated_and_another_is_refused(start, tmp_path):
     config = config_for(start, tmp_path)
     summary = train_embedder(config)
