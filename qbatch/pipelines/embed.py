@@ -14,8 +14,6 @@ from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
-import ray
-from ray.data import ActorPoolStrategy
 
 from qbatch.cli import IntList, StrList
 from qbatch.corpus.config import CorpusConfig, Format
@@ -29,9 +27,7 @@ from qbatch.models.hub import resolve_model
 from qbatch.models.loading import ModelSpec, load_spec, weights_sha256
 from qbatch.models.prompts import document_prompt, query_prompt
 from qbatch.pipelines.cluster import (
-    MAX_RETRIES,
     PoolPlan,
-    cluster_resources,
     plan_pool,
     ray_session,
 )
@@ -46,7 +42,9 @@ from qbatch.pipelines.embed_reuse import Reuse, vanished_files
 from qbatch.pipelines.embed_task import EmbedTask
 from qbatch.pipelines.embed_write import write_unit
 from qbatch.pipelines.finished_units import finished_units
+from qbatch.pipelines.metrics import UnitMetrics
 from qbatch.pipelines.unit_files import OUTPUTS, listed_files, listed_rejects
+from qbatch.pipelines.unit_stream import Stages, make_units
 from qbatch.report.embedding import vectors_details
 from qbatch.report.progress import EmbedProgress
 from qbatch.report.writing import write_report
@@ -56,11 +54,8 @@ from qbatch.tables import PublishedTable
 
 log = logging.getLogger(__name__)
 
-_MAX_BLOCK_UNITS = 100
-"""Ray spends 45 ms on a block of one unit and 1 ms a unit on blocks of a hundred."""
-
-_BLOCKS_PER_CPU = 8
-"""Fewer would leave processors idle at the end, when the last blocks run alone."""
+_BLOCK_UNITS = 100
+"""Most units of a Ray block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,38 +317,17 @@ def _make_units(
     progress: EmbedProgress,
     find_vanished: Callable[[], VanishedFiles | None],
 ) -> Iterator[dict[str, Any]]:
-    """Run the missing units through the pipeline; yield a row of OUTPUTS for each."""
-    num_pending = len(plan) - len(done)
-    if not num_pending:
+    """Make the missing units; yield a row of OUTPUTS for each."""
+    if len(done) == len(plan):
         return
-    num_blocks = int(cluster_resources().get("CPU", 1)) * _BLOCKS_PER_CPU
-    block_units = min(max(1, num_pending // num_blocks), _MAX_BLOCK_UNITS)
-    blocks: list[Any] = [ray.put(block) for block in plan.iter_pending(done, block_units)]
-    unit_at_a_time: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
-    dataset = (
-        ray.data.from_arrow_refs(blocks)
-        .map_batches(
-            partial(read_and_tokenize, task=task, vanished=find_vanished()),
-            max_retries=MAX_RETRIES,
-            **unit_at_a_time,
-        )
-        .map_batches(
-            EmbedActor,
-            fn_constructor_kwargs={"task": task, "num_threads": pool.threads_per_actor},
-            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
-            num_gpus=pool.gpus_per_actor,
-            num_cpus=pool.cpus_per_actor,
-            max_restarts=-1,
-            max_task_retries=MAX_RETRIES,
-            **unit_at_a_time,
-        )
-        .map_batches(partial(write_unit, task=task), max_retries=MAX_RETRIES, **unit_at_a_time)
+    stages = Stages(
+        read=partial(read_and_tokenize, task=task, vanished=find_vanished()),
+        actor=EmbedActor,
+        actor_arguments={"task": task, "num_threads": pool.threads_per_actor},
+        write=partial(write_unit, task=task),
     )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for output, stats in zip(batch["output"], batch["stats"], strict=True):
-            made = json.loads(output.as_py())
-            progress.add(json.loads(stats.as_py()), json.loads(made["counts"]))
-            yield made
+    watchers = (progress, UnitMetrics("embed"))
+    yield from make_units(plan, done, stages, pool, most_units=_BLOCK_UNITS, watchers=watchers)
 
 
 def total_counts(outputs: pa.Table) -> dict[str, Any]:

@@ -15,8 +15,6 @@ from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
-import ray
-from ray.data import ActorPoolStrategy
 
 from qbatch.cli import StrList
 from qbatch.corpus.config import CorpusConfig, Format
@@ -28,9 +26,7 @@ from qbatch.models.embedder import resolve_device, resolve_dtype
 from qbatch.models.rerank_prompts import TEMPLATE_VERSION
 from qbatch.models.rerank_templates import ScorerName
 from qbatch.pipelines.cluster import (
-    MAX_RETRIES,
     PoolPlan,
-    cluster_resources,
     plan_pool,
     ray_session,
 )
@@ -38,6 +34,7 @@ from qbatch.pipelines.compute_dtype import compute_dtype
 from qbatch.pipelines.embed_estimate import Prices
 from qbatch.pipelines.embed_resume import Plan, write_units
 from qbatch.pipelines.finished_units import finished_units
+from qbatch.pipelines.metrics import UnitMetrics
 from qbatch.pipelines.rerank_cascade import (
     LastModel,
     make_stages,
@@ -54,6 +51,7 @@ from qbatch.pipelines.rerank_sources import candidate_source, run_source
 from qbatch.pipelines.rerank_task import Fusion, RerankTask
 from qbatch.pipelines.rerank_write import write_ranked
 from qbatch.pipelines.unit_files import OUTPUTS, listed_files, listed_rejects
+from qbatch.pipelines.unit_stream import Stages, make_units
 from qbatch.report.ranking import reranked_details
 from qbatch.report.rerank_progress import RerankProgress
 from qbatch.report.writing import write_report
@@ -63,10 +61,8 @@ from qbatch.tables import PublishedTable
 
 log = logging.getLogger(__name__)
 
-_MAX_BLOCK_UNITS = 20
+_BLOCK_UNITS = 20
 """Units of pairs are larger than those of a corpus: a block of many would keep actors waiting."""
-
-_BLOCKS_PER_CPU = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -350,36 +346,15 @@ def scoring_fingerprint(task: RerankTask, models: list[dict[str, Any]]) -> dict[
 def _make_units(
     plan: Plan, done: pa.Table, task: RerankTask, pool: PoolPlan, progress: RerankProgress
 ) -> Iterator[dict[str, Any]]:
-    """Run the missing units through the pipeline; yield a row of OUTPUTS for each."""
-    num_pending = len(plan) - len(done)
-    if not num_pending:
-        return
-    num_blocks = int(cluster_resources().get("CPU", 1)) * _BLOCKS_PER_CPU
-    block_units = min(max(1, num_pending // num_blocks), _MAX_BLOCK_UNITS)
-    blocks: list[Any] = [ray.put(block) for block in plan.iter_pending(done, block_units)]
-    unit_at_a_time: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
-    dataset = (
-        ray.data.from_arrow_refs(blocks)
-        .map_batches(
-            partial(read_and_tokenize_pairs, task=task), max_retries=MAX_RETRIES, **unit_at_a_time
-        )
-        .map_batches(
-            RerankActor,
-            fn_constructor_kwargs={"task": task, "num_threads": pool.threads_per_actor},
-            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
-            num_gpus=pool.gpus_per_actor,
-            num_cpus=pool.cpus_per_actor,
-            max_restarts=-1,
-            max_task_retries=MAX_RETRIES,
-            **unit_at_a_time,
-        )
-        .map_batches(partial(write_ranked, task=task), max_retries=MAX_RETRIES, **unit_at_a_time)
+    """Make the missing units; yield a row of OUTPUTS for each."""
+    stages = Stages(
+        read=partial(read_and_tokenize_pairs, task=task),
+        actor=RerankActor,
+        actor_arguments={"task": task, "num_threads": pool.threads_per_actor},
+        write=partial(write_ranked, task=task),
     )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for output, stats in zip(batch["output"], batch["stats"], strict=True):
-            made = json.loads(output.as_py())
-            progress.add(json.loads(stats.as_py()), json.loads(made["counts"]))
-            yield made
+    watchers = (progress, UnitMetrics("rerank"))
+    return make_units(plan, done, stages, pool, most_units=_BLOCK_UNITS, watchers=watchers)
 
 
 def total_counts(outputs: pa.Table) -> dict[str, Any]:

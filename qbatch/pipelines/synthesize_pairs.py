@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy
 
 from qbatch.cli import StrList
 from qbatch.corpus.config import CorpusConfig, Format
@@ -30,7 +29,6 @@ from qbatch.models.chat import ChatServerConfig
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import hash_tokenizer, load_spec, weights_sha256
 from qbatch.pipelines.cluster import (
-    MAX_RETRIES,
     PoolPlan,
     plan_pool,
     ray_session,
@@ -40,6 +38,7 @@ from qbatch.pipelines.embed import EmbedCorpusConfig, embedding_fingerprint, mak
 from qbatch.pipelines.embed_resume import Plan, write_units
 from qbatch.pipelines.embed_task import EmbedTask
 from qbatch.pipelines.finished_units import finished_units
+from qbatch.pipelines.metrics import UnitMetrics
 from qbatch.pipelines.pair_scoring import as_stored
 from qbatch.pipelines.pair_source import BadInputLimits
 from qbatch.pipelines.rerank_sources import full_texts
@@ -56,6 +55,7 @@ from qbatch.pipelines.synthesis_units import (
     write_pairs,
 )
 from qbatch.pipelines.unit_files import OUTPUTS, listed_files, listed_rejects
+from qbatch.pipelines.unit_stream import Stages, make_units
 from qbatch.report.synthesis_progress import SynthesisProgress
 from qbatch.report.writing import write_report
 from qbatch.schema import SCHEMA_VERSION, ComputeDtype
@@ -432,33 +432,19 @@ def _make_units(
             embed_personas
         )
         vectors = ray.get(embed.remote(task.persona_embedder, list(personas)))
-    blocks: list[Any] = [ray.put(block) for block in plan.iter_pending(done, _BLOCK_UNITS)]
-    unit_at_a_time: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
-    dataset = (
-        ray.data.from_arrow_refs(blocks)
-        .map_batches(partial(read_documents, task=task), max_retries=MAX_RETRIES, **unit_at_a_time)
-        .map_batches(
-            SynthesisActor,
-            fn_constructor_kwargs={
-                "task": task,
-                "personas": list(personas),
-                "persona_vectors": vectors,
-                "num_threads": pool.threads_per_actor,
-            },
-            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
-            num_gpus=pool.gpus_per_actor,
-            num_cpus=pool.cpus_per_actor,
-            max_restarts=-1,
-            max_task_retries=MAX_RETRIES,
-            **unit_at_a_time,
-        )
-        .map_batches(partial(write_pairs, task=task), max_retries=MAX_RETRIES, **unit_at_a_time)
+    stages = Stages(
+        read=partial(read_documents, task=task),
+        actor=SynthesisActor,
+        actor_arguments={
+            "task": task,
+            "personas": list(personas),
+            "persona_vectors": vectors,
+            "num_threads": pool.threads_per_actor,
+        },
+        write=partial(write_pairs, task=task),
     )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for output, stats in zip(batch["output"], batch["stats"], strict=True):
-            made = json.loads(output.as_py())
-            progress.add(json.loads(stats.as_py()), json.loads(made["counts"]))
-            yield made
+    watchers = (progress, UnitMetrics("synthesize"))
+    yield from make_units(plan, done, stages, pool, most_units=_BLOCK_UNITS, watchers=watchers)
 
 
 def total_counts(outputs: pa.Table) -> dict[str, Any]:

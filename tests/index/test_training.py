@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from qbatch.errors import ConfigError
+from qbatch.index.factory import make_index
 from qbatch.index.training import Template, num_training_rows, train_template
 from tests.vector_tables import clustered
 
@@ -43,3 +44,15 @@ def test_what_needs_no_training_needs_no_sample():
 def test_more_lists_than_vectors_are_refused():
     with pytest.raises(ConfigError, match="64 lists, but there are only 50 distinct"):
         train_template("IVF64,Flat", "l2", clustered(50, 16), seed=0)
+
+
+@pytest.mark.parametrize("metric", ["l2", "inner_product"])
+def test_lists_lie_as_near_as_those_of_faiss(metric):
+    sample = clustered(20_000, 32, clusters=300)
+    ours = train_template("IVF128,Flat", metric, sample, seed=0)
+    theirs = make_index("IVF128,Flat", 32, metric)
+    theirs.cp.max_points_per_centroid = len(sample)
+    theirs.train(sample)
+    found = [i.quantizer.search(sample, 1)[0].mean() for i in (ours, theirs)]
+    assert ours.quantizer.ntotal == 128
+    assert found[0] == pytest.approx(found[1], rel=0.01)

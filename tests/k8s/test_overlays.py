@@ -124,7 +124,8 @@ def test_raycronjob_leaves_nothing_of_the_starter():
     assert night["spec"]["suspend"] is False
     assert of_kind(documents, "CronJob", "Role", "RoleBinding") == []
     assert objects.names_of(documents, "ServiceAccount") == {"qbatch-head", "qbatch-worker"}
-    assert len(of_kind(documents, "ConfigMap")) == 1
+    names = objects.names_of(documents, "ConfigMap") - {"qbatch-dashboard"}
+    assert [name.startswith("qbatch-night-config-") for name in names] == [True]
 
 
 @pytest.mark.parametrize("name", ["dev", "production", "kueue"])
