@@ -34,8 +34,8 @@ quickstart: venv ## embed, index, search and rerank the bundled corpus, and meas
 	  $(PY) jobs/evaluate.py --config jobs/configs/quickstart-evaluate.toml && \
 	  $(PY) -m qbatch.quickstart.answers --run quickstart-output/run --reranked quickstart-output/reranked
 
-test: assets ## run the tests (minutes)
-	@$(PYTEST)
+test: assets ## run the tests, two files at a time (minutes)
+	@$(PYTEST) -n 2 --dist loadfile
 
 test-slow: assets ## run the tests that take longer than a minute
 	@$(ASSETS) debian-descriptions smollm2 qwen2.5-coder perlfaq >/dev/null || echo "some assets are missing: their tests skip"
