@@ -13,8 +13,6 @@ from tests.processes import free_port, wait_for_url
 
 # Many processes share few cores here: threads that spin while they wait would starve the others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# A worker takes seconds to import what it runs: those that wait are kept for the next test.
-os.environ.setdefault("RAY_num_workers_soft_limit", "6")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """The Ray cluster a job runs on: joining or starting it, and sizing the actor pool to it."""
 
+import gc
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,12 +65,30 @@ def ray_session(*, stall_timeout_s: float) -> Iterator[None]:
         yield
     except (RayError, ExecutionTimeoutError) as error:
         own = _own_error(error, stall_timeout_s)
+        _let_go(error)
         if own is None:
             raise
         raise own from error
     finally:
         if owned:
             ray.shutdown()
+
+
+def _let_go(error: BaseException) -> None:
+    """Free what the frames of a failed execution hold.
+
+    Whoever keeps the error would keep its actors alive, and with them the processors that the next
+    job of this process waits for.
+    """
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        chained = waiting.pop()
+        if chained is not None and id(chained) not in seen:
+            seen.add(id(chained))
+            traceback.clear_frames(chained.__traceback__)
+            waiting += [chained.__cause__, chained.__context__]
+    gc.collect()
 
 
 def _own_error(error: BaseException, stall_timeout_s: float) -> QbatchError | None:

@@ -267,8 +267,12 @@ def test_too_many_bad_rows_publish_nothing_but_keep_the_work(disk_config):
 
 def test_on_bad_row_fail_stops_with_its_own_error(disk_config):
     Storage(disk_config.input).write("broken.jsonl", BROKEN)
-    with pytest.raises(BadInputError, match=r"broken\.jsonl"):
+    with pytest.raises(BadInputError, match=r"broken\.jsonl") as held:
         embed_corpus(replace(disk_config, on_bad_row="fail"))
+    # Whoever holds on to the error holds no processors that the next job needs.
+    summary = embed_corpus(replace(disk_config, max_bad_fraction=1, stall_timeout_s=100))
+    assert summary["generation"] == 1
+    assert held.value.__cause__ is not None
 
 
 def test_unreadable_objects_are_limited_by_number(disk_config):
