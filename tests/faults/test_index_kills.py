@@ -68,12 +68,9 @@ def num_stored(uri: str, directory: str) -> int:
 
 @pytest.mark.parametrize(
     ("stage", "directory", "number"),
-    [
-        pytest.param("training", "probes", 1, marks=pytest.mark.slow),
-        ("adding", "ids", 2),
-        pytest.param("measuring", "ids", SHARDS, marks=pytest.mark.slow),
-    ],
+    [("training", "probes", 1), ("adding", "ids", 2), ("measuring", "ids", SHARDS)],
 )
+@pytest.mark.slow
 def test_a_killed_build_goes_on(vectors_uri, undisturbed, tmp_path, stage, directory, number):
     uri = str(tmp_path / "index")
     flags = flags_for(vectors_uri, uri)

@@ -13,7 +13,7 @@ import pytest
 from qbatch.tables import open_vectors
 from tests.processes import ROOT, free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -22,7 +22,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
     """A Ray head with its own ports and folder; yields the environment of its clients."""
     folder = tmp_path_factory.mktemp("ray")
-    port, dashboard, client = free_port(), free_port(), free_port()
+    port, dashboard, client, agent = (free_port() for _ in range(4))
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
     environment |= {
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
@@ -35,6 +35,7 @@ def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
         *("--num-cpus=2", "--num-gpus=0", "--object-store-memory=500000000"),
         *("--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder}"),
         *(f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
+        f"--dashboard-agent-listen-port={agent}",
     ]
     log = (folder / "head.log").open("wb")
     head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -79,7 +80,6 @@ def test_logs_progress_and_summary_arrive(cluster, tiny_model, tmp_path):
     assert open_vectors(str(tmp_path / "out")).num_rows == 50
 
 
-@pytest.mark.slow
 def test_exit_codes_arrive(cluster, tiny_model, tmp_path):
     (tmp_path / "empty").mkdir()
     flags = [f"--input={tmp_path / 'empty'}", f"--output={tmp_path / 'out'}"]

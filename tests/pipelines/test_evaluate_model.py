@@ -122,6 +122,7 @@ def test_a_reranker_orders_what_was_found(tmp_path, tiny_model, tiny_judge, capl
     assert lines[-1][:2] == ["mean", "reranking"]
 
 
+@pytest.mark.slow
 def test_each_set_has_its_instruction_and_it_is_recorded(tmp_path, tiny_qwen3_embedder):
     made = {name: write_set(f"{tmp_path}/{name}", 3) for name in ("a", "b")}
     (tmp_path / "instructions.json").write_text(json.dumps({"b": "Find the answer"}))

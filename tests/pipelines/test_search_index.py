@@ -216,6 +216,7 @@ def test_vectors_from_bare_parquet_and_what_cannot_be_searched(config, tmp_path)
         search_index(replace(config, queries=str(folder), id_column="id", vector_column="v"))
 
 
+@pytest.mark.slow
 def test_rescoring_makes_scores_exact(config, tmp_path):
     index = build(f"{tmp_path}/rough", "PQ8x4")
     rough = replace(config, index=index)

@@ -80,6 +80,6 @@ def test_scraped_counters_are_those_of_the_summary(tmp_path, tiny_model):
 
     wait_for(lambda: added()["rows"] >= summary["rows_in"])
     assert added() == expected
-    assert summary["rejected"] == {"missing_text": 1}
-    assert total("ray_qbatch_rejected_total", job="embed", reason="missing_text") >= 1
+    assert summary["rejected"] == {"null_text": 1}
+    assert total("ray_qbatch_rejected_total", job="embed", reason="null_text") >= 1
     assert total("ray_qbatch_stage_seconds_total", job="embed", stage="forward") > 0
