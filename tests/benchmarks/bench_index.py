@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         found = {"machine": machine, "idle": idle, "builds": builds, "memory": memory}
         found |= {"searches": searches, "autofaiss": peer, "recalls": recalls}
         options.json.write_text(json.dumps(found, indent=1))
-    return [build_row(builds, idle, options), search_row(searches, options)]
+    rows = [build_row(builds, idle, options)] if options.train_pairs else []
+    return [*rows, search_row(searches, options)]
 
 
 def build_row(builds: list[dict], idle: dict, options: argparse.Namespace) -> Row:
