@@ -28,7 +28,7 @@ _COLOURS = {
 
 _INK, _GRID, *_SERIES = _COLOURS
 
-_MAX_BARS = 24
+MAX_BARS = 24
 _MAX_MARKERS = 16
 _MAX_LETTERS = 30
 
@@ -79,16 +79,16 @@ class Axis:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Histogram:
-    """Counts between edges, of which there is one more."""
+class Chart:
+    """A drawing and what it says."""
 
-    name: str
-    edges: Sequence[float]
-    counts: Sequence[float]
+    title: str
+    svg: str
+    note: str = ""
 
 
 @dataclass(slots=True)
-class Drawing:
+class _Drawing:
     """A chart while it is drawn, and its SVG text after."""
 
     axes: "Axes"
@@ -96,7 +96,7 @@ class Drawing:
 
 
 @contextmanager
-def drawing(title: str, *, height: float = 1.0) -> Iterator[Drawing]:
+def _drawing(title: str, *, height: float = 1.0) -> Iterator[_Drawing]:
     """Give axes to draw on; afterwards ``svg`` holds the chart, fit to stand in a page.
 
     Args:
@@ -109,7 +109,7 @@ def drawing(title: str, *, height: float = 1.0) -> Iterator[Drawing]:
     style: Any = {**_STYLE, "svg.hashsalt": title}  # stubs know keys by name only
     with rc_context(style):
         figure = Figure(figsize=(_WIDTH_IN, _HEIGHT_IN * height), layout="tight")
-        drawn = Drawing(figure.add_subplot())
+        drawn = _Drawing(figure.add_subplot())
         yield drawn
         out = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -132,11 +132,11 @@ def _for_page(svg: str, title: str) -> str:
     )
 
 
-def bar_chart(title: str, values: Mapping[str, float], *, unit: str) -> str:
+def bar_chart(title: str, values: Mapping[str, float], *, unit: str, note: str = "") -> Chart:
     """Return horizontal bars in the order given, each with its value; the first 24 of more."""
-    names = [*values][:_MAX_BARS]
+    names = [*values][:MAX_BARS]
     lengths = [values[name] for name in names]
-    with drawing(title, height=max(0.4, 0.12 * len(names) + 0.2)) as chart:
+    with _drawing(title, height=max(0.4, 0.12 * len(names) + 0.2)) as chart:
         axes = chart.axes
         bars = axes.barh(range(len(names)), lengths, color=_SERIES[0], height=0.7)
         axes.set_yticks(range(len(names)), [name[:_MAX_LETTERS] for name in names])
@@ -145,19 +145,22 @@ def bar_chart(title: str, values: Mapping[str, float], *, unit: str) -> str:
         axes.margins(x=0.2)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(unit)
-    return chart.svg
+    return Chart(title=title, svg=chart.svg, note=note)
 
 
-def stacked_bars(title: str, parts: Mapping[str, Mapping[str, float]], *, unit: str) -> str:
+def stacked_bars(
+    title: str, parts: Mapping[str, Mapping[str, float]], *, unit: str, note: str = ""
+) -> Chart:
     """Return one horizontal bar for each name, made of the same parts.
 
     Args:
         title: Of the chart.
         parts: By name, then by part; at most three parts.
         unit: Of the numbers.
+        note: Below the chart.
     """
     names = [*parts]
-    with drawing(title, height=max(0.5, 0.14 * len(names) + 0.3)) as chart:
+    with _drawing(title, height=max(0.5, 0.14 * len(names) + 0.3)) as chart:
         axes, left = chart.axes, [0.0] * len(names)
         for part, colour in zip(next(iter(parts.values())), _SERIES, strict=False):
             widths = [parts[name][part] for name in names]
@@ -167,24 +170,22 @@ def stacked_bars(title: str, parts: Mapping[str, Mapping[str, float]], *, unit: 
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(unit)
         _add_legend(axes, 2)
-    return chart.svg
+    return Chart(title=title, svg=chart.svg, note=note)
 
 
-def histogram(title: str, histograms: Sequence[Histogram], *, x_label: str, y_label: str) -> str:
-    """Return one or a few histograms over the same axis."""
-    with drawing(title) as chart:
-        for shown, colour in zip(histograms, _SERIES, strict=False):
-            chart.axes.stairs(
-                shown.counts,
-                shown.edges,
-                fill=True,
-                color=colour,
-                alpha=1.0 if len(histograms) == 1 else 0.6,
-                label=shown.name,
-            )
+def histogram(
+    title: str,
+    counted: Mapping[str, Sequence[float]],
+    *,
+    x_label: str,
+    y_label: str,
+    note: str = "",
+) -> Chart:
+    """Return a histogram of ``counts`` between ``edges``, of which there is one more."""
+    with _drawing(title) as chart:
+        chart.axes.stairs(counted["counts"], counted["edges"], fill=True, color=_SERIES[0])
         chart.axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
-        _add_legend(chart.axes, len(histograms))
-    return chart.svg
+    return Chart(title=title, svg=chart.svg, note=note)
 
 
 def line_chart(
@@ -195,7 +196,8 @@ def line_chart(
     y: Axis,
     mark: tuple[float, float, str] | None = None,
     band: tuple[Sequence[float], Sequence[float]] | None = None,
-) -> str:
+    note: str = "",
+) -> Chart:
     """Return lines over a common axis.
 
     Args:
@@ -205,8 +207,9 @@ def line_chart(
         y: What goes up.
         mark: A point to stand out, with its name.
         band: Lower and upper ends of a range around the first line.
+        note: Below the chart.
     """
-    with drawing(title) as chart:
+    with _drawing(title) as chart:
         axes = chart.axes
         for line, colour in zip(lines, _SERIES, strict=False):
             marker = "o" if len(line.x) < _MAX_MARKERS else ""
@@ -223,7 +226,7 @@ def line_chart(
         if y.from_zero:
             axes.set_ylim(bottom=0)
         _add_legend(axes, len(lines) + (mark is not None))
-    return chart.svg
+    return Chart(title=title, svg=chart.svg, note=note)
 
 
 def _add_legend(axes: "Axes", num_names: int) -> None:

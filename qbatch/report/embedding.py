@@ -2,8 +2,16 @@
 
 from typing import Any
 
-from qbatch.report.charts import Axis, Histogram, Line, histogram, line_chart
-from qbatch.report.page import Body, Card, Chart, Report, find, rejects, seconds_chart
+from qbatch.report.charts import Axis, Chart, Line, line_chart
+from qbatch.report.page import (
+    Body,
+    Card,
+    Report,
+    find,
+    histogram_chart,
+    rejects,
+    seconds_chart,
+)
 from qbatch.report.samples import bins, sample_rejects, sample_rows
 from qbatch.tables import PublishedTable
 
@@ -32,18 +40,17 @@ def vectors_body(report: Report) -> Body:
     ]
     body.charts = [
         *seconds_chart(report, is_summed=True),
+        *histogram_chart(
+            report,
+            "details.passage_tokens",
+            "Length of passages",
+            x_label="tokens",
+            y_label="passages",
+            note="Of the first passages of up to eight files of the table.",
+        ),
         *throughput_charts(report, "tokens"),
         *body.charts,
     ]
-    if lengths := find(report, "details.passage_tokens"):
-        drawn = histogram(
-            "Length of passages",
-            [Histogram(name="passages", **lengths)],
-            x_label="tokens",
-            y_label="passages",
-        )
-        note = "Of the first passages of up to eight files of the table."
-        body.charts.insert(1, Chart(title="Length of passages", svg=drawn, note=note))
     return body
 
 
@@ -58,11 +65,12 @@ def throughput_charts(report: Report, what: str) -> list[Chart]:
     for key, title in names.items():
         if key in found:
             minutes = [(i + 0.5) * found["span_s"] / 60 for i in range(len(found[key]))]
-            drawn = line_chart(
-                title,
+            chart = line_chart(
+                f"{title} over time",
                 [Line(name=title, x=minutes, y=found[key])],
                 x=Axis(label="minutes since the start"),
                 y=Axis(label=title.lower(), from_zero=True),
+                note=note,
             )
-            charts.append(Chart(title=f"{title} over time", svg=drawn, note=note))
+            charts.append(chart)
     return charts

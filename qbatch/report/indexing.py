@@ -2,11 +2,18 @@
 
 import numpy as np
 
-from qbatch.report.charts import Axis, Histogram, Line, bar_chart, histogram, line_chart
-from qbatch.report.page import Body, Card, Chart, Grid, Report, seconds_chart
+from qbatch.report.charts import (
+    MAX_BARS,
+    Axis,
+    Chart,
+    Line,
+    bar_chart,
+    histogram,
+    line_chart,
+)
+from qbatch.report.page import Body, Card, Grid, Report, seconds_chart
 from qbatch.report.samples import bins
 
-_MAX_BARS = 24
 _MIB = 2**20
 
 
@@ -46,7 +53,7 @@ def _curve(report: Report) -> list[Chart]:
         return []
     effort = next(iter(report["search"].values()), None)
     chosen = next((point for point in curve if point["effort"] == effort), None)
-    drawn = line_chart(
+    chart = line_chart(
         "Recall against time",
         [
             Line(
@@ -59,13 +66,13 @@ def _curve(report: Report) -> list[Chart]:
         y=Axis(label="recall@10"),
         mark=(chosen["seconds"], chosen["recall"], "chosen") if chosen else None,
     )
-    return [Chart(title="Recall against time", svg=drawn)]
+    return [chart]
 
 
 def _depths(report: Report) -> Chart:
     recall = report["details"]["recall"]
     depths = sorted(recall, key=int)
-    drawn = line_chart(
+    return line_chart(
         "Recall by depth",
         [
             Line(
@@ -77,9 +84,8 @@ def _depths(report: Report) -> Chart:
         x=Axis(label="depth", names=depths),
         y=Axis(label="recall"),
         band=([recall[d]["low"] for d in depths], [recall[d]["high"] for d in depths]),
+        note="At the chosen effort, with its 95 % interval, on probes that did not choose it.",
     )
-    note = "At the chosen effort, with its 95 % interval, on probes that did not choose it."
-    return Chart(title="Recall by depth", svg=drawn, note=note)
 
 
 def _shards(report: Report) -> list[Chart]:
@@ -100,9 +106,6 @@ def _by_shard(title: str, values: list[float], unit: str) -> Chart | None:
     counted = bins(np.asarray(values))
     if counted is None:
         return None
-    if len(values) <= _MAX_BARS:
-        drawn = bar_chart(title, {f"shard {i}": value for i, value in enumerate(values)}, unit=unit)
-    else:
-        shards = Histogram(name="shards", **counted)
-        drawn = histogram(title, [shards], x_label=unit, y_label="shards")
-    return Chart(title=title, svg=drawn)
+    if len(values) <= MAX_BARS:
+        return bar_chart(title, {f"shard {i}": value for i, value in enumerate(values)}, unit=unit)
+    return histogram(title, counted, x_label=unit, y_label="shards")

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from qbatch.release import open_release, release_numbers
-from qbatch.report.charts import Axis, Line, bar_chart, line_chart, stacked_bars
-from qbatch.report.page import Body, Card, Chart, Grid, Report, find
+from qbatch.report.charts import Axis, Chart, Line, bar_chart, line_chart, stacked_bars
+from qbatch.report.page import Body, Card, Grid, Report, find
 from qbatch.storage import Storage
 
 _MAX_RELEASES = 20
@@ -68,16 +68,14 @@ def night_body(report: Report) -> Body:
 
 def _steps(report: Report, steps: Sequence[str]) -> list[Chart]:
     seconds = {name: report[name]["seconds"]["total"] for name in steps}
-    title = "Time by step"
-    charts = [Chart(title=title, svg=bar_chart(title, seconds, unit="seconds"))]
+    charts = [bar_chart("Time by step", seconds, unit="seconds")]
     shares = {}
     for name in steps:
         _, made, reused = (report[name].get(key, 0) for key in _MADE[name])
         if made + reused:
             shares[name] = {"made": made / (made + reused), "reused": reused / (made + reused)}
     if shares:
-        title = "Made and reused"
-        charts.append(Chart(title=title, svg=stacked_bars(title, shares, unit="share")))
+        charts.append(stacked_bars("Made and reused", shares, unit="share"))
     return charts
 
 
@@ -123,10 +121,7 @@ def _trend(releases: Sequence[dict[str, Any]]) -> list[Chart]:
     ]
     lines = {"Size by release": (counts, "rows"), "Quality by release": (measured, "measured")}
     return [
-        Chart(
-            title=title,
-            svg=line_chart(title, drawn, x=Axis(label="release", whole=True), y=Axis(label=unit)),
-        )
+        line_chart(title, drawn, x=Axis(label="release", whole=True), y=Axis(label=unit))
         for title, (drawn, unit) in lines.items()
         if drawn
     ]

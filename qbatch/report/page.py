@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 
-from qbatch.report.charts import bar_chart
+from qbatch.report.charts import Chart, bar_chart, histogram
 
 Report = Mapping[str, Any]
 """The content of a report.json."""
@@ -30,15 +30,6 @@ class Card:
     path: str
     """Where it stands in report.json: keys joined by dots."""
     unit: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chart:
-    """A drawing and what it says."""
-
-    title: str
-    svg: str
-    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,21 +126,25 @@ def seconds_chart(report: Report, *, is_summed: bool = False) -> list[Chart]:
     if not any(stages.values()):
         return []
     summed = " Stages are summed over processes, and may exceed that." if is_summed else ""
-    return [
-        Chart(
-            title="Time by stage",
-            svg=bar_chart("Time by stage", stages, unit="seconds"),
-            note=f"The whole job took {shown(total)} s.{summed}",
-        )
-    ]
+    note = f"The whole job took {shown(total)} s.{summed}"
+    return [bar_chart("Time by stage", stages, unit="seconds", note=note)]
+
+
+def histogram_chart(
+    report: Report, path: str, title: str, *, x_label: str, y_label: str, note: str = ""
+) -> list[Chart]:
+    """Return the histogram at a dotted path, if there is one."""
+    counted = find(report, path)
+    if counted is None:
+        return []
+    return [histogram(title, counted, x_label=x_label, y_label=y_label, note=note)]
 
 
 def rejects(report: Report) -> Body:
     """Return what was rejected by reason, with samples where there are any."""
     body = Body()
     if reasons := report.get("rejected"):
-        title = "Rejected by reason"
-        body.charts.append(Chart(title=title, svg=bar_chart(title, reasons, unit="rows")))
+        body.charts.append(bar_chart("Rejected by reason", reasons, unit="rows"))
     if samples := find(report, "details.rejected_samples"):
         columns = ("reason", "object", "row", "id", "detail", "content")
         keys = ("reason", "object_uri", "row", "doc_id", "detail", "raw")

@@ -7,17 +7,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qbatch.report.charts import (
-    Axis,
-    Histogram,
-    Line,
-    bar_chart,
-    histogram,
-    line_chart,
-    stacked_bars,
-)
+from qbatch.report.charts import Axis, Chart, Line, bar_chart, line_chart, stacked_bars
 from qbatch.report.embedding import throughput_charts
-from qbatch.report.page import Body, Card, Chart, Grid, Report, find, rejects, seconds_chart, shown
+from qbatch.report.page import (
+    Body,
+    Card,
+    Grid,
+    Report,
+    find,
+    histogram_chart,
+    rejects,
+    seconds_chart,
+    shown,
+)
 from qbatch.report.samples import bins, clip, percentiles_by_rank, sample_rejects, sample_rows
 from qbatch.tables import PublishedTable
 
@@ -119,7 +121,9 @@ def run_body(report: Report) -> Body:
         Card(name="Generation", path="generation"),
     ]
     charts = [*seconds_chart(report, is_summed=True)]
-    charts += _histogram("Best score of a query", report, "details.best_scores", "score", "queries")
+    charts += histogram_chart(
+        report, "details.best_scores", "Best score of a query", x_label="score", y_label="queries"
+    )
     charts += _by_rank("Score by rank", report, "details.score_by_rank", "rank", "score")
     body.charts = charts + body.charts
     rows = _once([list(sample.values()) for sample in find(report, "details.samples") or []])
@@ -142,8 +146,10 @@ def reranked_body(report: Report) -> Body:
         Card(name="Generation", path="generation"),
     ]
     charts = [*seconds_chart(report, is_summed=True), *throughput_charts(report, "pairs")]
-    charts += _histogram("Scores", report, "details.scores", "score", "pairs")
-    charts += _histogram("Log-odds", report, "details.log_odds", "log-odds", "pairs")
+    charts += histogram_chart(report, "details.scores", "Scores", x_label="score", y_label="pairs")
+    charts += histogram_chart(
+        report, "details.log_odds", "Log-odds", x_label="log-odds", y_label="pairs"
+    )
     after = "details.rank_after"
     charts += _by_rank("Rank movement", report, after, "rank of the retrieval", "rank after")
     body.charts = [*charts, *_overlap(report), *_tokens_saved(report), *body.charts]
@@ -170,37 +176,28 @@ def _once(rows: list[list[Any]]) -> list[list[Any]]:
     ]
 
 
-def _histogram(title: str, report: Report, path: str, x: str, y: str) -> list[Chart]:
-    found = find(report, path)
-    if found is None:
-        return []
-    drawn = histogram(title, [Histogram(name=y, **found)], x_label=x, y_label=y)
-    return [Chart(title=title, svg=drawn)]
-
-
 def _by_rank(title: str, report: Report, path: str, x: str, y: str) -> list[Chart]:
     """Return the median by rank, within the range of eight tenths."""
     points = find(report, path)
     if not points or len(points) < 2:
         return []
-    drawn = line_chart(
+    chart = line_chart(
         title,
         [Line(name=y, x=[p["rank"] for p in points], y=[p["p50"] for p in points])],
         x=Axis(label=x),
         y=Axis(label=y),
         band=([p["p10"] for p in points], [p["p90"] for p in points]),
+        note="Median, and the range from the 10th to the 90th percentile.",
     )
-    note = "Median, and the range from the 10th to the 90th percentile."
-    return [Chart(title=title, svg=drawn, note=note)]
+    return [chart]
 
 
 def _overlap(report: Report) -> list[Chart]:
-    title = "Overlap with the retrieval"
     kept = {f"top {p['depth']}": p["kept"] for p in find(report, "details.overlap") or []}
     if not kept:
         return []
     note = "Share of the reranker's best that were among as many of the retrieval's best."
-    return [Chart(title=title, svg=bar_chart(title, kept, unit="share"), note=note)]
+    return [bar_chart("Overlap with the retrieval", kept, unit="share", note=note)]
 
 
 def _tokens_saved(report: Report) -> list[Chart]:
@@ -210,7 +207,7 @@ def _tokens_saved(report: Report) -> list[Chart]:
     title = "Tokens, with shared prefixes computed once"
     parts = {"tokens": {"computed": tokens - saved, "saved": saved}}
     note = f"{shown(saved)} of {shown(tokens)} tokens were saved."
-    return [Chart(title=title, svg=stacked_bars(title, parts, unit="tokens"), note=note)]
+    return [stacked_bars(title, parts, unit="tokens", note=note)]
 
 
 def recommendations_body(report: Report) -> Body:
@@ -240,7 +237,7 @@ def evaluation_body(report: Report) -> Body:
         for name in report.get(f"mean_{stage}", {}):
             body.cards.append(Card(name=f"{name}, {stage}", path=f"mean_{stage}.{name}"))
     if metrics:
-        body.charts.append(Chart(title="Metrics", svg=bar_chart("Metrics", metrics, unit="mean")))
+        body.charts.append(bar_chart("Metrics", metrics, unit="mean"))
     if "comparison" in report:
         names = ("difference", "p_value", "wins", "ties", "losses")
         other = report["compared_to"]["metrics"]

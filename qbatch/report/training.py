@@ -1,7 +1,7 @@
 """The report of a training."""
 
 from qbatch.report.charts import Axis, Line, line_chart
-from qbatch.report.page import Body, Card, Chart, Report
+from qbatch.report.page import Body, Card, Report
 
 _CURVES = {"loss": "Loss", "learning_rate": "Learning rate", "grad_norm": "Gradient norm"}
 
@@ -20,6 +20,7 @@ def training_body(report: Report) -> Body:
     steps = [point["step"] for point in report["curve"]]
     for key, title in _CURVES.items():
         line = Line(name=title, x=steps, y=[point[key] for point in report["curve"]])
-        drawn = line_chart(title, [line], x=Axis(label="step"), y=Axis(label=title.lower()))
-        body.charts.append(Chart(title=title, svg=drawn))
+        body.charts.append(
+            line_chart(title, [line], x=Axis(label="step"), y=Axis(label=title.lower()))
+        )
     return body
