@@ -13,7 +13,6 @@ process to its end, so the start of Ray, imports and the loading of the model ar
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import sysconfig
@@ -71,6 +70,12 @@ frame = daft.read_json(f"{corpus}/*.jsonl").with_column("vector", vectors)
 frame.select("doc_id", "vector").write_parquet(output)
 """
 
+SCRIPTS = {
+    "sentence-transformers": SENTENCE_TRANSFORMERS,
+    "Daft": DAFT_SCRIPT,
+    "Ray Data": RAY_DATA,
+}
+
 
 def main(arguments: list[str] | None = None) -> list[Row]:
     """Run the turns, print a line for each, and return a row for each opponent."""
@@ -82,7 +87,17 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         write_corpus(corpus, texts)
         sides = commands(model, corpus, options.against)
         turns = [run_turn(sides, Path(folder), len(texts), options) for _ in range(options.turns)]
-    rows = [compare(name, turns, len(texts)) for name in sides if name != "qbatch"]
+    rows = [
+        Row.of_turns(
+            [(turn["qbatch"], turn[name]) for turn in turns],
+            len(texts),
+            case="whole job, documents, MiniLM float32",
+            against=name,
+            unit="documents/s",
+            goal=GOALS[name],
+        )
+        for name in options.against
+    ]
     if options.json:
         options.json.write_text(json.dumps([row.to_json() for row in rows], indent=1))
     return rows
@@ -111,14 +126,9 @@ def commands(model: Path, corpus: Path, against: list[str]) -> dict[str, list[st
     num_bytes = sum(file.stat().st_size for file in corpus.iterdir())
     flags = [f"--model={model}", f"--input={corpus}", "--dtype=float32", "--max-actors=1"]
     sides = {"qbatch": [sys.executable, job, *flags, f"--unit-bytes={num_bytes // NUM_FILES}"]}
-    scripts = {
-        "sentence-transformers": (sys.executable, SENTENCE_TRANSFORMERS),
-        "Daft": ("", DAFT_SCRIPT),
-        "Ray Data": (sys.executable, RAY_DATA),
-    }
     for name in against:
-        python, script = scripts[name]
-        sides[name] = [python or daft_python(), "-c", script, str(model), str(corpus)]
+        python = daft_python() if name == "Daft" else sys.executable
+        sides[name] = [python, "-c", SCRIPTS[name], str(model), str(corpus)]
     return sides
 
 
@@ -168,18 +178,6 @@ def check(output: Path, num_texts: int, name: str) -> None:
     rows = sum(pq.read_metadata(file).num_rows for file in folder.rglob("*.parquet"))
     if rows < num_texts:
         sys.exit(f"{name} wrote {rows} vectors of {num_texts} texts")
-
-
-def compare(name: str, turns: list[dict[str, float]], num_texts: int) -> Row:
-    return Row(
-        case="whole job, documents, MiniLM float32",
-        against=name,
-        unit="documents/s",
-        ours=num_texts / statistics.median(turn["qbatch"] for turn in turns),
-        theirs=num_texts / statistics.median(turn[name] for turn in turns),
-        ratios=tuple(turn[name] / turn["qbatch"] for turn in turns),
-        goal=GOALS[name],
-    )
 
 
 if __name__ == "__main__":

@@ -77,36 +77,27 @@ def main(arguments: list[str] | None = None) -> list[Row]:
 
 def build_row(builds: list[dict], idle: dict, options: argparse.Namespace) -> Row:
     """Return the row of the pairs that train, in processor seconds of all processes but Ray's."""
-    trained = [
-        (pair["plain"]["cpu_s"], pair["job"]["cpu_s"] - idle["cpu_s"])
-        for pair in builds
-        if pair["trains"]
-    ]
-    plain, job = (statistics.median(column) for column in zip(*trained, strict=True))
-    return Row(
+    trained = [pair for pair in builds if pair["trains"]]
+    return Row.of_turns(
+        [(pair["job"]["cpu_s"] - idle["cpu_s"], pair["plain"]["cpu_s"]) for pair in trained],
+        options.rows,
         case=f"building {options.factory} of {options.rows:,} x {options.dim}",
         against="FAISS in one process",
         unit="vectors/CPU s",
-        ours=options.rows / job,
-        theirs=options.rows / plain,
-        ratios=tuple(a / b for a, b in trained),
         goal=0.95,
     )
 
 
 def search_row(searches: list[dict], options: argparse.Namespace) -> Row:
-    walls = [
-        (pair["plain"]["seconds"]["search"], pair["job"]["summary"]["seconds"]["searching"])
-        for pair in searches
-    ]
-    plain, job = (statistics.median(column) for column in zip(*walls, strict=True))
-    return Row(
+    return Row.of_turns(
+        [
+            (pair["job"]["summary"]["seconds"]["searching"], pair["plain"]["seconds"]["search"])
+            for pair in searches
+        ],
+        options.queries,
         case=f"searching it, {options.queries:,} queries in {options.shards} shards",
         against="FAISS in one process",
         unit="queries/s",
-        ours=options.queries / job,
-        theirs=options.queries / plain,
-        ratios=tuple(a / b for a, b in walls),
         goal=0.9,
     )
 

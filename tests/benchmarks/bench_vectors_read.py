@@ -10,7 +10,6 @@ written.
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -46,7 +45,14 @@ def main(arguments: list[str] | None = None) -> list[Row]:
             )
             for _ in range(options.turns)
         ]
-    row = compare(turns, options)
+    row = Row.of_turns(
+        turns,
+        options.rows,
+        case=f"reading {options.rows:,} vectors of {options.dim}",
+        against="list<float> Parquet",
+        unit="vectors/s",
+        goal=5.0,
+    )
     print(f"ours {row.ours:,.0f}/s, plain {row.theirs:,.0f}/s, {row.ratio:.1f} times")
     if options.json:
         options.json.write_text(json.dumps([row.to_json()], indent=1))
@@ -76,19 +82,6 @@ def read_table(folder: str) -> np.ndarray:
 def read_plain(folder: str) -> np.ndarray:
     column = pq.read_table(f"{folder}/plain.parquet", columns=["vector"])["vector"]
     return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
-
-
-def compare(turns: list[tuple[float, float]], options: argparse.Namespace) -> Row:
-    ours, theirs = (statistics.median(column) for column in zip(*turns, strict=True))
-    return Row(
-        case=f"reading {options.rows:,} vectors of {options.dim}",
-        against="list<float> Parquet",
-        unit="vectors/s",
-        ours=options.rows / ours,
-        theirs=options.rows / theirs,
-        ratios=tuple(b / a for a, b in turns),
-        goal=5.0,
-    )
 
 
 if __name__ == "__main__":

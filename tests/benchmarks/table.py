@@ -1,7 +1,7 @@
 """The one table of all benchmarks: a row for each opponent, ours against theirs."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 
@@ -23,6 +23,38 @@ class Row:
     """The ratio that the project promises itself."""
     share: float | None = None
     """Of the speed of bare matrix products in the model's shapes, for our side."""
+
+    @classmethod
+    def of_turns(
+        cls,
+        seconds: Iterable[tuple[float, float]],
+        amount: float,
+        *,
+        case: str,
+        against: str,
+        unit: str,
+        goal: float,
+    ) -> "Row":
+        """Return the row of turns in which both did the same amount.
+
+        Args:
+            seconds: Ours and theirs in each turn.
+            amount: Of what ``unit`` counts.
+            case: See the fields.
+            against: See the fields.
+            unit: See the fields.
+            goal: See the fields.
+        """
+        ours, theirs = zip(*seconds, strict=True)
+        return cls(
+            case=case,
+            against=against,
+            unit=unit,
+            ours=amount / statistics.median(ours),
+            theirs=amount / statistics.median(theirs),
+            ratios=tuple(b / a for a, b in zip(ours, theirs, strict=True)),
+            goal=goal,
+        )
 
     @property
     def ratio(self) -> float:
