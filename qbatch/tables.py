@@ -5,11 +5,12 @@ for batch in table.iter_tables(columns=["doc_id", "vector"]): ...
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -18,6 +19,8 @@ from qbatch.manifest import Generation, latest_generation, load_generation, read
 from qbatch.schema import REJECTS
 from qbatch.storage import Storage
 from qbatch.vector_files import read_vector_file
+
+T = TypeVar("T")
 
 _FILES_AHEAD = 2
 """Read and hashed at a time, beside the one in use."""
@@ -40,17 +43,8 @@ class PublishedTable:
 
         The next files are read while the last one is used.
         """
-        entries = iter(self.generation.files.to_pylist())
-        with ThreadPoolExecutor(_FILES_AHEAD, thread_name_prefix="read-ahead") as readers:
-            waiting = deque(
-                readers.submit(self.read_file, entry, columns)
-                for entry in islice(entries, _FILES_AHEAD)
-            )
-            while waiting:
-                table = waiting.popleft().result()
-                for entry in islice(entries, 1):
-                    waiting.append(readers.submit(self.read_file, entry, columns))
-                yield table
+        entries = self.generation.files.to_pylist()
+        return read_ahead(partial(self.read_file, columns=columns), entries, num_ahead=_FILES_AHEAD)
 
     def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return all rows at once; for tables that fit in memory."""
@@ -64,6 +58,19 @@ class PublishedTable:
     def read_file(self, entry: Mapping[str, Any], columns: Sequence[str] | None = None) -> pa.Table:
         """Return the content of one listed file after checking its sha256."""
         return read_vector_file(read_verified(self.storage, entry), columns)
+
+
+def read_ahead(
+    read: Callable[[T], pa.Table], entries: Iterable[T], *, num_ahead: int
+) -> Iterator[pa.Table]:
+    """Yield what ``read`` returns of each entry in order; some are read beside the one in use."""
+    rest = iter(entries)
+    with ThreadPoolExecutor(num_ahead, thread_name_prefix="read-ahead") as readers:
+        waiting = deque(readers.submit(read, entry) for entry in islice(rest, num_ahead))
+        while waiting:
+            table = waiting.popleft().result()
+            waiting.extend(readers.submit(read, entry) for entry in islice(rest, 1))
+            yield table
 
 
 def open_table(uri: str, generation: int | None = None) -> PublishedTable:

@@ -20,6 +20,7 @@ from qbatch.errors import IntegrityError
 from qbatch.manifest import read_verified
 from qbatch.schema import DOCUMENTS, PASSAGES
 from qbatch.storage import Storage
+from qbatch.vector_files import read_vector_file
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def _take_passages(
     except IntegrityError as error:
         log.warning("%s; its documents are embedded again", error)
         return None
-    table = pq.read_table(pa.BufferReader(data))
+    table = read_vector_file(data)
     counts = places["rows"].astype(np.int64)
     of_place = np.repeat(np.arange(len(places)), counts)
     within = np.arange(len(of_place)) - np.repeat(np.cumsum(counts) - counts, counts)

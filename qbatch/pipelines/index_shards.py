@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +31,7 @@ from qbatch.pipelines.index_resources import Booking
 from qbatch.pipelines.index_task import IndexTask
 from qbatch.pipelines.tasks import results_as_completed
 from qbatch.storage import Storage
+from qbatch.tables import read_ahead
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def build_shard(task: IndexTask, shard: ShardPlan, shard_key: str) -> dict[str, 
         num_rows=shard.rows,
         target_recall=task.target_recall,
     )
-    for table in _read_ahead(task, shard):
+    read = partial(read_part, task.table(), columns=[*task.columns, task.column.name])
+    for table in read_ahead(read, shard.parts, num_ahead=1):
         builder.add(table)
     built = builder.finish()
     if built.facts["rows"] != shard.rows:
@@ -59,18 +61,6 @@ def build_shard(task: IndexTask, shard: ShardPlan, shard_key: str) -> dict[str, 
             "nothing of it was stored. This is a bug: report it with the log"
         )
     return _store(Storage(task.output), built, shard_key)
-
-
-def _read_ahead(task: IndexTask, shard: ShardPlan) -> Iterator[pa.Table]:
-    """Yield the shard's tables, reading the next one while the last is worked on."""
-    table, columns = task.table(), [*task.columns, task.column.name]
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-        waiting = reader.submit(read_part, table, shard.parts[0], columns)
-        for part in shard.parts[1:]:
-            ready = waiting.result()
-            waiting = reader.submit(read_part, table, part, columns)
-            yield ready
-        yield waiting.result()
 
 
 def _store(storage: Storage, built: BuiltShard, shard_key: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from ray.data import ActorPoolStrategy
 
 from qbatch.cli import StrList
 from qbatch.corpus.config import CorpusConfig, Format
@@ -61,6 +60,7 @@ from qbatch.pipelines.search_index import SearchIndexConfig, open_index_table, s
 from qbatch.pipelines.search_queries import QueryBlock
 from qbatch.pipelines.tasks import results_as_completed
 from qbatch.pipelines.unit_files import OUTPUTS, list_partials, listed_files, listed_rejects
+from qbatch.pipelines.unit_stream import Stages, run_stages
 from qbatch.report.writing import write_report
 from qbatch.schema import SCHEMA_VERSION, ComputeDtype
 from qbatch.storage import Storage, probe
@@ -447,34 +447,14 @@ class _Mining:
     ) -> Iterator[dict[str, Any]]:
         if len(done) == len(plan):
             return
-        blocks: list[Any] = [ray.put(block) for block in plan.iter_pending(done, _BLOCK_UNITS)]
-        unit_at_a_time: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
-        dataset = ray.data.from_arrow_refs(blocks).map_batches(
-            partial(read_unit_texts, task=task, files=files),
-            max_retries=MAX_RETRIES,
-            **unit_at_a_time,
+        stages = Stages(
+            read=partial(read_unit_texts, task=task, files=files),
+            actor=None if task.judge is None else JudgeActor,
+            actor_arguments={"task": task, "num_threads": self.pool.threads_per_actor},
+            write=partial(write_mined, task=task, positive_texts=positive_texts),
         )
-        if task.judge is not None:
-            dataset = dataset.map_batches(
-                JudgeActor,
-                fn_constructor_kwargs={"task": task, "num_threads": self.pool.threads_per_actor},
-                compute=ActorPoolStrategy(
-                    min_size=self.pool.min_actors, max_size=self.pool.max_actors
-                ),
-                num_gpus=self.pool.gpus_per_actor,
-                num_cpus=self.pool.cpus_per_actor,
-                max_restarts=-1,
-                max_task_retries=MAX_RETRIES,
-                **unit_at_a_time,
-            )
-        dataset = dataset.map_batches(
-            partial(write_mined, task=task, positive_texts=positive_texts),
-            max_retries=MAX_RETRIES,
-            **unit_at_a_time,
-        )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for output in batch["output"]:
-                yield json.loads(output.as_py())
+        for told in run_stages(plan.iter_pending(done, _BLOCK_UNITS), stages, self.pool):
+            yield json.loads(told["output"])
 
 
 def _mining_units(

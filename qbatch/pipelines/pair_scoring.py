@@ -14,24 +14,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
-from ray.data import ActorPoolStrategy
 
 from qbatch.corpus.spans import Unit
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import ModelSpec
 from qbatch.models.prompts import document_prompt, query_prompt
 from qbatch.models.tokenization import TextTokenizer
-from qbatch.pipelines.cluster import MAX_RETRIES, PoolPlan, cluster_resources
+from qbatch.pipelines.cluster import PoolPlan
 from qbatch.pipelines.embed_forward import EmbedActor
 from qbatch.pipelines.embed_task import EmbedTask, unit_row, unit_table
 from qbatch.pipelines.pair_source import PairSource, read_pairs
+from qbatch.pipelines.unit_stream import Stages, block_size, run_stages
 from qbatch.schema import REJECTS, vector_matrix
 
 log = logging.getLogger(__name__)
 
 _MAX_BLOCK_UNITS = 20
-_BLOCKS_PER_CPU = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,35 +122,16 @@ def score_units(
             "%s takes no instructions: those of the pairs are kept, but do not count here",
             task.embed.model,
         )
-    num_blocks = int(cluster_resources().get("CPU", 1)) * _BLOCKS_PER_CPU
-    block_units = min(max(1, len(pending) // num_blocks), _MAX_BLOCK_UNITS)
-    blocks: list[Any] = [
-        ray.put(_plan_rows(pending[i : i + block_units]))
-        for i in range(0, len(pending), block_units)
-    ]
-    unit_at_a_time: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
-    dataset = (
-        ray.data.from_arrow_refs(blocks)
-        .map_batches(
-            partial(read_and_tokenize, task=task), max_retries=MAX_RETRIES, **unit_at_a_time
-        )
-        .map_batches(
-            EmbedActor,
-            fn_constructor_kwargs={"task": task.embed, "num_threads": pool.threads_per_actor},
-            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
-            num_gpus=pool.gpus_per_actor,
-            num_cpus=pool.cpus_per_actor,
-            max_restarts=-1,
-            max_task_retries=MAX_RETRIES,
-            **unit_at_a_time,
-        )
-        .map_batches(
-            partial(_write_vectors, write=write), max_retries=MAX_RETRIES, **unit_at_a_time
-        )
+    size = block_size(len(pending), _MAX_BLOCK_UNITS)
+    blocks = (_plan_rows(pending[i : i + size]) for i in range(0, len(pending), size))
+    stages = Stages(
+        read=partial(read_and_tokenize, task=task),
+        actor=EmbedActor,
+        actor_arguments={"task": task.embed, "num_threads": pool.threads_per_actor},
+        write=partial(_write_vectors, write=write),
     )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for stats, written in zip(batch["stats"], batch["written"], strict=True):
-            yield json.loads(stats.as_py()), written.as_py()
+    for told in run_stages(blocks, stages, pool):
+        yield json.loads(told["stats"]), told["written"]
 
 
 def _plan_rows(units: Sequence[tuple[str, Unit]]) -> pa.Table:

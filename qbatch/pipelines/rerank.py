@@ -323,7 +323,7 @@ class _Rerank:
             lambda: {
                 **progress.details(),
                 **reranked_details(table),
-                "samples": sample_queries(self.storage, joined.units, plan.keys, outputs),
+                "samples": sample_queries(table, joined.units, plan.keys, outputs),
             },
         )
         return summary
