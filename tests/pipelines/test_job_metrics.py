@@ -15,7 +15,7 @@ from tests.processes import ROOT
 
 DASHBOARD = ROOT / "k8s" / "components" / "monitoring" / "dashboard.json"
 
-EXPORT_INTERVAL_S = 60
+LONGEST_WAIT_S = 60
 
 
 def scrape(name: str, **labels: str) -> dict[str, float]:
@@ -34,7 +34,7 @@ def total(name: str, **labels: str) -> float:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + EXPORT_INTERVAL_S
+    deadline = time.monotonic() + LONGEST_WAIT_S
     while not condition():
         assert time.monotonic() < deadline, "the metric did not arrive"
         time.sleep(0.5)
