@@ -224,8 +224,8 @@ def test_a_beir_folder_and_its_splits(store_uri):
         (b'{"query_id": "q", "doc_id": "d", "score": NaN}\n', r"line 1: 'score' is NaN"),
         (b'{"query_id": "q", "doc_id": "\\ud800", "rank": 1}\n', r"line 1: doc_id is '\\ud800'"),
         (b'{"query_id": "q", \n', r"line 1: Expecting property name"),
-        (gzip.compress(b"q Q0 d 1 0.5 t\n")[:-9], r"is damaged gzip"),
-        (parquet(RUN.empty_table())[:-1], r"is damaged Parquet"),
+        pytest.param(gzip.compress(b"q Q0 d 1 0.5 t\n")[:-9], r"is damaged gzip", id="cut gzip"),
+        pytest.param(parquet(RUN.empty_table())[:-1], r"is damaged Parquet", id="cut Parquet"),
     ],
 )  # fmt: skip
 def test_bad_lines_are_named(tmp_path, content, message):
