@@ -1,8 +1,8 @@
 """Reading a unit: its spans become documents and rejects, and every row is accounted for."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import pyarrow as pa
@@ -18,7 +18,7 @@ from qbatch.corpus.readers.delimited import read_csv
 from qbatch.corpus.readers.jsonl import read_jsonl
 from qbatch.corpus.readers.parquet import read_parquet
 from qbatch.corpus.readers.text import read_text, read_text_lines
-from qbatch.corpus.reasons import DROPPED_REASONS
+from qbatch.corpus.reasons import DROPPED_REASONS, KILLED_READER
 from qbatch.corpus.rows import RawRows, Reject
 from qbatch.corpus.sources import Source, iter_sources
 from qbatch.corpus.spans import Span, Unit
@@ -80,6 +80,26 @@ def read_unit(unit: Unit, config: CorpusConfig) -> UnitRows:
         rows_in=rows_in,
         counts=dict(counts),
     )
+
+
+def reject_spans(rows: UnitRows, spans: Sequence[Span], config: CorpusConfig) -> UnitRows:
+    """Add rejects for spans that were not read, since reading them kills the process.
+
+    Raises:
+        BadInputError: ``on_bad_row`` is "fail" and there are some.
+    """
+    if not spans:
+        return rows
+    rejects, counts = [rows.rejects], Counter(rows.counts)
+    for span in spans:
+        detail = f"every process that read or tokenized {span} died"
+        reject = Reject(reason=KILLED_READER, detail=detail)
+        if config.on_bad_row == "fail":
+            _fail_on_bad(span.uri, [reject])
+        counts[f"rejected:{KILLED_READER}"] += 1
+        if config.on_bad_row == "quarantine":
+            rejects.append(_reject_table(span.uri, [reject]))
+    return replace(rows, rejects=pa.concat_tables(rejects), counts=dict(counts))
 
 
 def _iter_raw_rows(unit: Unit, config: CorpusConfig) -> Iterator[tuple[Span, RawRows]]:

@@ -21,6 +21,11 @@ ZERO_VECTOR = "zero_vector"
 NON_FINITE_VECTOR = "non_finite_vector"
 """The model gave NaN or infinity for a passage; its whole document is rejected."""
 
+KILLED_PROCESS = "killed_process"
+"""Every process that computed the row died; its whole document is rejected."""
+KILLED_READER = "killed_reader"
+"""Every process that read or tokenized this part of an object died."""
+
 MISSING_DOCUMENT = "missing_document"
 """A candidate whose document is not in the corpus, or that names none."""
 MISSING_QUERY = "missing_query"
@@ -37,7 +42,14 @@ NEAR_DUPLICATE = "near_duplicate"
 """An earlier training pair says the same, or nearly the same."""
 
 FILE_REASONS = frozenset(
-    {CORRUPT_FILE, EMPTY_FILE, MISSING_TEXT_COLUMN, TEXT_COLUMN_TYPE, TRUNCATED_STREAM}
+    {
+        CORRUPT_FILE,
+        EMPTY_FILE,
+        KILLED_READER,
+        MISSING_TEXT_COLUMN,
+        TEXT_COLUMN_TYPE,
+        TRUNCATED_STREAM,
+    }
 )
 """Reasons that concern an object as a whole; their rejects have no row and count no row."""
 

@@ -1,6 +1,7 @@
 """Token ids to vectors: only real tokens are computed, and each distinct text once."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -126,7 +127,12 @@ class Embedder:
         return self._backbone.is_packed
 
     @torch.inference_mode()
-    def embed(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def embed(
+        self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        on_pack: Callable[[], None] = lambda: None,
+    ) -> np.ndarray:
         """Return one vector per text, in the order given: float32, shape (texts, dim).
 
         Rows have unit length if ``spec.normalize``. A row is non-finite where the model overflows;
@@ -135,6 +141,7 @@ class Embedder:
         Args:
             ids: int32, the texts one after the other, as ``TextTokenizer.encode`` gives them.
             lengths: int32, tokens of each text, 1 to ``spec.max_tokens``.
+            on_pack: Called before each forward pass.
 
         Raises:
             ValueError: ``ids`` and ``lengths`` do not fit each other or the model.
@@ -156,7 +163,7 @@ class Embedder:
         device = self._backbone.device
         texts = _SortedTexts.gather(ids, lengths, first[order], num_shared, device)
         bounds = np.cumsum([0, *map(len, packs)]).tolist()
-        embed = partial(self._embed_pack, texts)
+        embed = partial(self._embed_pack, texts, on_pack)
         shrink = partial(self._shrink, texts)
         vectors = torch.cat([in_halves(embed, *pair, shrink) for pair in pairwise(bounds)])
         matrix: np.ndarray = vectors.cpu().numpy()[np.argsort(order)[inverse]]
@@ -176,7 +183,10 @@ class Embedder:
         num_tokens = int(texts.lengths[first:stop].sum())
         self._token_budget = shrunk_budget(self._token_budget, num_tokens)
 
-    def _embed_pack(self, texts: "_SortedTexts", first: int, stop: int) -> torch.Tensor:
+    def _embed_pack(
+        self, texts: "_SortedTexts", on_pack: Callable[[], None], first: int, stop: int
+    ) -> torch.Tensor:
+        on_pack()
         lengths = texts.lengths[first:stop]
         num_shared = len(texts.shared)
         tokens = slice(texts.starts[first], texts.starts[first] + lengths.sum())

@@ -1,7 +1,7 @@
 """Queries and candidates to scores: each query's beginning computed once, only real tokens."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -132,7 +132,9 @@ class Reranker:
         return self.score_tokens(self.tokenizer.encode(groups))
 
     @torch.inference_mode()
-    def score_tokens(self, groups: Sequence[CandidateTokens]) -> list[np.ndarray]:
+    def score_tokens(
+        self, groups: Sequence[CandidateTokens], on_pack: Callable[[], None] = lambda: None
+    ) -> list[np.ndarray]:
         """Return the ranking keys of each group's documents: float32, in the order given.
 
         A key is the log-odds of relevance (yes-no, cross-encoder) or the mean log-likelihood of the
@@ -142,6 +144,7 @@ class Reranker:
 
         Args:
             groups: As ``PairTokenizer.encode`` gives them for this model.
+            on_pack: Called before each forward pass.
 
         Raises:
             ValueError: Token ids do not fit the model.
@@ -153,7 +156,7 @@ class Reranker:
             torch.set_num_threads(self._config.num_threads)
         _check_tokens(groups, self.spec)
         pairs = PairSet(groups, share_prefixes=self._scorer.shares_prefixes)
-        compute, shrink = partial(self._score_pack, pairs), partial(self._shrink, pairs)
+        compute, shrink = partial(self._score_pack, pairs, on_pack), partial(self._shrink, pairs)
         scores = [torch.empty(0, device=self._scorer.device)]
         scores += [in_halves(compute, *pack, shrink) for pack in pairs.plan(self._token_budget)]
         results = pairs.scatter(torch.cat(scores).cpu().numpy())
@@ -161,7 +164,10 @@ class Reranker:
         self.stats.score_s += time.perf_counter() - started
         return results
 
-    def _score_pack(self, pairs: PairSet, first: int, stop: int) -> torch.Tensor:
+    def _score_pack(
+        self, pairs: PairSet, on_pack: Callable[[], None], first: int, stop: int
+    ) -> torch.Tensor:
+        on_pack()
         pack = pairs.pack(first, stop)
         scores = self._scorer.score(pack)
         lengths = pack.lengths

@@ -36,7 +36,7 @@ from qbatch.pipelines.embed_calibration import with_calibration
 from qbatch.pipelines.embed_estimate import Prices, estimate
 from qbatch.pipelines.embed_forward import EmbedActor
 from qbatch.pipelines.embed_known import VanishedFiles
-from qbatch.pipelines.embed_read import read_and_tokenize
+from qbatch.pipelines.embed_read import read_and_tokenize, read_carefully
 from qbatch.pipelines.embed_resume import Plan, write_units
 from qbatch.pipelines.embed_reuse import Reuse, vanished_files
 from qbatch.pipelines.embed_task import EmbedTask
@@ -320,8 +320,10 @@ def _make_units(
     """Make the missing units; yield a row of OUTPUTS for each."""
     if len(done) == len(plan):
         return
+    vanished = find_vanished()
     stages = Stages(
-        read=partial(read_and_tokenize, task=task, vanished=find_vanished()),
+        read=partial(read_and_tokenize, task=task, vanished=vanished),
+        read_carefully=partial(read_carefully, task=task, vanished=vanished),
         actor=EmbedActor,
         actor_arguments={"task": task, "num_threads": pool.threads_per_actor},
         write=partial(write_unit, task=task),

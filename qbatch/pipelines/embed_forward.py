@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,9 @@ import pyarrow as pa
 
 from qbatch.models.embedder import Embedder, EmbedderConfig, EmbedStats
 from qbatch.models.hub import resolve_model
+from qbatch.models.packing import distinct_texts, plan_packs
 from qbatch.pipelines.embed_task import EmbedTask, unit_row, unit_table
+from qbatch.pipelines.trial import CarefulActor, Trial
 from qbatch.schema import vector_array
 
 
@@ -25,7 +28,7 @@ def build_embedder(task: EmbedTask, num_threads: int | None = None) -> Embedder:
     return config.build()
 
 
-class EmbedActor:
+class EmbedActor(CarefulActor):
     """Holds the model; turns a unit's token ids into vectors."""
 
     def __init__(self, task: EmbedTask, num_threads: int) -> None:
@@ -34,12 +37,34 @@ class EmbedActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Replace the token ids of one unit by its vectors, float32 of the widest width."""
+        return self._embed(batch, find_killers=lambda _: [])
+
+    def careful(self, batch: pa.Table, trial: Trial) -> pa.Table:
+        """Do the same with NaN for passages that kill the process; ``stats`` names them."""
+
+        def find_killers(passages: pa.Table) -> list[int]:
+            ids, lengths = _tokens(passages)
+            return trial.killers(
+                [pack.tolist() for pack in plan_packs(lengths, self._embedder.token_budget)],
+                lambda rows: embed_passages(self._embedder, passages.take(pa.array(rows))),
+                content=distinct_texts(ids, lengths)[1].tolist().__getitem__,
+            )
+
+        return self._embed(batch, find_killers)
+
+    def _embed(self, batch: pa.Table, find_killers: Callable[[pa.Table], list[int]]) -> pa.Table:
         started = time.perf_counter()
         passages = unit_table(batch, "passages")
+        killers = find_killers(passages)
         before = replace(self._embedder.stats)
-        vectors = embed_passages(self._embedder, passages)
+        left = np.setdiff1d(np.arange(len(passages)), killers)
+        vectors = np.full((len(passages), self._embedder.dim), np.nan, np.float32)
+        vectors[left] = embed_passages(
+            self._embedder, passages.take(pa.array(left)) if killers else passages, self.on_pack
+        )
         stats = json.loads(batch["stats"][0].as_py())
         stats |= _pack_stats(before, self._embedder)
+        stats["killers"] = killers
         stats["seconds"]["idle"] = started - self._idle_since
         self._idle_since = time.perf_counter()
         stats["seconds"]["forward"] = self._idle_since - started
@@ -52,12 +77,16 @@ class EmbedActor:
         )
 
 
-def embed_passages(embedder: Embedder, passages: pa.Table) -> np.ndarray:
+def embed_passages(
+    embedder: Embedder, passages: pa.Table, on_pack: Callable[[], None] = lambda: None
+) -> np.ndarray:
     """Return float32 vectors of shape (passages, widest width) in the order of ``passages``."""
+    return embedder.embed(*_tokens(passages), on_pack)
+
+
+def _tokens(passages: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     ids = passages["token_ids"].combine_chunks()
-    return embedder.embed(
-        ids.flatten().to_numpy(zero_copy_only=False), passages["num_tokens"].to_numpy()
-    )
+    return ids.flatten().to_numpy(zero_copy_only=False), passages["num_tokens"].to_numpy()
 
 
 def _pack_stats(before: EmbedStats, embedder: Embedder) -> dict[str, int]:

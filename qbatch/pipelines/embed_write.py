@@ -3,14 +3,14 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qbatch.corpus.reasons import NON_FINITE_VECTOR, num_row_rejects
+from qbatch.corpus.reasons import KILLED_PROCESS, NON_FINITE_VECTOR, num_row_rejects
 from qbatch.errors import BadInputError, IntegrityError
 from qbatch.models.vectors import quantize, truncate_normalise
 from qbatch.pipelines.embed_task import EmbedTask, unit_table
@@ -28,7 +28,9 @@ def write_unit(batch: pa.Table, *, task: EmbedTask) -> pa.Table:
     stats = json.loads(batch["stats"][0].as_py())
     passages, rejects = unit_table(batch, "passages"), unit_table(batch, "rejects")
     matrix = vector_matrix(unit_table(batch, "vectors")["vector"])
-    is_good, rejects, rejected = _reject_non_finite(passages, matrix, rejects, task)
+    is_good, rejects, rejected = _reject_non_finite(
+        passages, matrix, stats["killers"], rejects, task
+    )
     passages, matrix = passages.filter(pa.array(is_good)), matrix[is_good]
     if task.normalize:
         _check_norms(matrix, unit_key)
@@ -51,33 +53,46 @@ def write_unit(batch: pa.Table, *, task: EmbedTask) -> pa.Table:
 
 
 def _reject_non_finite(
-    passages: pa.Table, matrix: np.ndarray, rejects: pa.Table, task: EmbedTask
+    passages: pa.Table,
+    matrix: np.ndarray,
+    killers: Sequence[int],
+    rejects: pa.Table,
+    task: EmbedTask,
 ) -> tuple[np.ndarray, pa.Table, Counter[str]]:
     """Return which passages to keep, and the rejects with the documents of all others.
 
-    A document with one non-finite passage goes as a whole.
+    A document with one passage that is not finite goes as a whole.
+
+    Args:
+        passages: Of the unit.
+        matrix: Their vectors.
+        killers: Passages that were not computed, since they kill the process.
+        rejects: schema.REJECTS so far.
+        task: Of the job.
     """
     finite = np.isfinite(matrix).all(axis=1)
     if finite.all():
         return finite, rejects, Counter()
-    bad = passages.filter(pa.array(~finite)).select(["object_uri", "row", "doc_id"])
-    bad = bad.group_by(["object_uri", "row", "doc_id"], use_threads=False).aggregate([])
-    first = bad.slice(0, 1).to_pylist()[0]
+    reasons = np.full(len(matrix), NON_FINITE_VECTOR, object)
+    reasons[np.asarray(killers, np.int64)] = KILLED_PROCESS
+    bad = passages.select(["object_uri", "row", "doc_id"]).append_column(
+        "reason", pa.array(reasons, pa.string())
+    )
+    bad = bad.filter(pa.array(~finite)).group_by(bad.column_names[:3], use_threads=False)
+    bad = bad.aggregate([("reason", "min")]).rename_columns({"reason_min": "reason"})
     if task.corpus.on_bad_row == "fail":
+        first = bad.slice(0, 1).to_pylist()[0]
         raise BadInputError(
-            f"the model gave a non-finite vector for row {first['row']} of {first['object_uri']}. "
-            "Compute in --dtype bfloat16 or float32, or allow it with --on-bad-row quarantine"
+            f"the model cannot embed row {first['row']} of {first['object_uri']}: "
+            f"{first['reason']}. Compute in --dtype bfloat16 or float32, or allow it with "
+            "--on-bad-row quarantine"
         )
     keys = zip(passages["object_uri"].to_pylist(), passages["row"].to_pylist(), strict=True)
     lost = set(zip(bad["object_uri"].to_pylist(), bad["row"].to_pylist(), strict=True))
     keep = np.fromiter((key not in lost for key in keys), bool, len(passages))
     if task.corpus.on_bad_row == "quarantine":
-        found = pa.Table.from_pylist(
-            [{**row, "reason": NON_FINITE_VECTOR} for row in bad.to_pylist()]
-        )
-        rejects = pa.concat_tables([rejects, _conform(found, REJECTS)])
-    rejected = Counter({f"rejected:{NON_FINITE_VECTOR}": len(lost)})
-    return keep, rejects, rejected
+        rejects = pa.concat_tables([rejects, _conform(bad, REJECTS)])
+    return keep, rejects, Counter(f"rejected:{reason}" for reason in bad["reason"].to_pylist())
 
 
 def _in_document_order(made: pa.Table, reused: pa.Table, places: np.ndarray) -> pa.Table:

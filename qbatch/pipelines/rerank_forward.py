@@ -2,20 +2,25 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from qbatch.corpus.reasons import NON_FINITE_SCORE
+from qbatch.corpus.reasons import KILLED_PROCESS, NON_FINITE_SCORE
 from qbatch.models.hub import resolve_model
 from qbatch.models.rerank_tokens import CandidateTokens
 from qbatch.models.reranker import Reranker, RerankerConfig
 from qbatch.pipelines.embed_task import unit_row, unit_table
 from qbatch.pipelines.rerank_pairs import pair_rejects
 from qbatch.pipelines.rerank_task import RerankStage, RerankTask, query_bounds, tokens_of
+from qbatch.pipelines.trial import CarefulActor, Trial
+
+Tokens = Mapping[int, list[CandidateTokens]]
+"""The unit's queries as each tokenizer of the cascade reads them."""
 
 
 def build_reranker(
@@ -34,7 +39,7 @@ def build_reranker(
     return config.build()
 
 
-class RerankActor:
+class RerankActor(CarefulActor):
     """Holds the models; gives a unit's pairs their log-odds, cutting between models.
 
     One actor holds them all: pools that share a GPU would wait for each other, and what a small
@@ -48,40 +53,68 @@ class RerankActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Replace the tokens of one unit by the log-odds of the pairs that come through."""
+        return self._rank(batch, find_killers=lambda *_: [])
+
+    def careful(self, batch: pa.Table, trial: Trial) -> pa.Table:
+        """Do the same without pairs that kill the process; they are rejected."""
+
+        def find_killers(bounds: np.ndarray, tokens: Tokens) -> list[int]:
+            owner = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+
+            def probe(pairs: list[int]) -> None:
+                query = owner[pairs[0]]
+                rows = np.array(pairs) - bounds[query]
+                for stage, reranker in zip(self._stages, self._rerankers, strict=True):
+                    reranker.score_tokens([tokens[stage.tokens][query].take(rows)])
+
+            groups = [range(*pair) for pair in pairwise(bounds) if np.ptp(pair)]
+            return trial.killers(groups, probe, content=documents.__getitem__)
+
+        documents = unit_table(batch, "pairs")["doc_id"].to_pylist()
+        return self._rank(batch, find_killers)
+
+    def _rank(
+        self, batch: pa.Table, find_killers: Callable[[np.ndarray, Tokens], list[int]]
+    ) -> pa.Table:
         started = time.perf_counter()
         pairs, rejects = unit_table(batch, "pairs"), unit_table(batch, "rejects")
         tokens = {
             stage.tokens: tokens_of(unit_table(batch, f"tokens_{stage.tokens}"))
             for stage in self._stages
         }
+        bounds = query_bounds(pairs)
+        killers = find_killers(bounds, tokens)
         before = [replace(reranker.stats) for reranker in self._rerankers]
-        rows, keys, lost = self._score(query_bounds(pairs), tokens)
+        rows, keys, lost = self._score(bounds, tokens, killers)
         stats = json.loads(batch["stats"][0].as_py())
-        stats["cut"] += len(pairs) - len(rows) - len(lost)
+        stats["cut"] += len(pairs) - len(rows) - len(lost) - len(killers)
         stats |= self._token_counts(before)
         stats["seconds"]["idle"] = started - self._idle_since
         self._idle_since = time.perf_counter()
         stats["seconds"]["forward"] = self._idle_since - started
         detail = "the model gave NaN or infinity; compute in --dtype bfloat16 or float32"
         odd = pair_rejects(pairs.take(pa.array(lost)), NON_FINITE_SCORE, detail)
+        deadly = pair_rejects(
+            pairs.take(pa.array(killers, pa.int64())), KILLED_PROCESS, "its process died each time"
+        )
         ranked = pairs.take(pa.array(rows)).append_column("log_odds", pa.array(keys))
         return unit_row(
             batch["unit_key"][0].as_py(),
             stats,
             pairs=ranked,
-            rejects=pa.concat_tables([rejects, odd]),
+            rejects=pa.concat_tables([rejects, odd, deadly]),
         )
 
     def _score(
-        self, bounds: np.ndarray, tokens: Mapping[int, list[CandidateTokens]]
+        self, bounds: np.ndarray, tokens: Tokens, killers: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the pairs that come through all stages, their keys, and those without a number."""
-        kept = [np.arange(size) for size in np.diff(bounds)]
+        kept = [np.setdiff1d(np.arange(*pair), killers) - pair[0] for pair in pairwise(bounds)]
         keys: list[np.ndarray] = []
         lost = [np.empty(0, np.int64)]
         for stage, reranker in zip(self._stages, self._rerankers, strict=True):
             groups = [g.take(rows) for g, rows in zip(tokens[stage.tokens], kept, strict=True)]
-            keys = reranker.score_tokens(groups)
+            keys = reranker.score_tokens(groups, self.on_pack)
             for i, own in enumerate(keys):
                 finite = np.isfinite(own)
                 lost.append(bounds[i] + kept[i][~finite])

@@ -1,19 +1,30 @@
 """A row is a unit: three stages that read, compute on a pool of actors, and write."""
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
-from ray.data import ActorPoolStrategy
+from ray.actor import ActorHandle
+from ray.data import ActorPoolStrategy, DataContext
 
-from qbatch.pipelines.cluster import MAX_RETRIES, PoolPlan, cluster_resources
+from qbatch.pipelines.cluster import PoolPlan, cluster_resources
+from qbatch.pipelines.deaths import Guard, start_record
 from qbatch.pipelines.embed_resume import Plan
+from qbatch.pipelines.trial import CarefulActor, Trial
+
+log = logging.getLogger(__name__)
 
 _BLOCKS_PER_CPU = 8
 """Fewer would leave processors idle at the end, when the last blocks run alone."""
+
+_SILENT_SHARE = 8
+"""A forward pass may take this fraction of the stall limit: a row that hangs is found before it."""
 
 
 class Watcher(Protocol):
@@ -35,6 +46,8 @@ class Stages:
     """Of its constructor."""
     write: Callable[[pa.Table], pa.Table]
     """From what the actor returned to what is told of the unit."""
+    read_carefully: Callable[[pa.Table, Trial], pa.Table] | None = None
+    """``read``, without the parts of a unit that kill their process."""
 
 
 def block_size(num_pending: int, most_units: int) -> int:
@@ -52,27 +65,90 @@ def block_size(num_pending: int, most_units: int) -> int:
 def run_stages(
     blocks: Iterable[pa.Table], stages: Stages, pool: PoolPlan
 ) -> Iterator[Mapping[str, Any]]:
-    """Run blocks of units through the stages; yield what the last one returned, row by row."""
-    unit_at_a_time: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    """Run blocks of units through the stages; yield what the last one returned, row by row.
+
+    Units over which a process died come at the end, each in a block of its own.
+    """
+    record = start_record()
     references: list[Any] = [ray.put(block) for block in blocks]
+    yield from _run(references, stages, pool, record, is_last_try=False)
+    put_off: list[str] = ray.get(record.all_put_off.remote())
+    if put_off:
+        log.warning("%d units whose process died are tried again, one by one", len(put_off))
+        again = (ray.get(reference) for reference in references)
+        found = pa.concat_tables(
+            block.filter(pc.is_in(block["unit_key"], pa.array(put_off))) for block in again
+        )
+        alone: list[Any] = [ray.put(found.slice(i, 1)) for i in range(len(found))]
+        yield from _run(alone, stages, pool, record, is_last_try=True)
+
+
+def _run(
+    references: list[Any],
+    stages: Stages,
+    pool: PoolPlan,
+    record: ActorHandle[Any],
+    *,
+    is_last_try: bool,
+) -> Iterator[Mapping[str, Any]]:
+    # Ray tries for ever what died; the guards count, and end it.
+    unit_at_a_time: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    guard = partial(Guard, record=record, is_last_try=is_last_try)
     dataset = ray.data.from_arrow_refs(references).map_batches(
-        stages.read, max_retries=MAX_RETRIES, **unit_at_a_time
+        partial(
+            _run_guarded,
+            guard=guard(stage="reading"),
+            plain=stages.read,
+            careful=stages.read_carefully,
+        ),
+        max_retries=-1,
+        **unit_at_a_time,
     )
     if stages.actor is not None:
         dataset = dataset.map_batches(
-            stages.actor,
+            _guarded(stages.actor, guard(stage="computing")),
             fn_constructor_kwargs=dict(stages.actor_arguments),
             compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
             num_gpus=pool.gpus_per_actor,
             num_cpus=pool.cpus_per_actor,
             max_restarts=-1,
-            max_task_retries=MAX_RETRIES,
+            max_task_retries=-1,
             **unit_at_a_time,
         )
-    dataset = dataset.map_batches(stages.write, max_retries=MAX_RETRIES, **unit_at_a_time)
+    dataset = dataset.map_batches(
+        partial(_run_guarded, guard=guard(stage="writing"), plain=stages.write),
+        max_retries=-1,
+        **unit_at_a_time,
+    )
     batch: Any  # Arrow tables, as asked for
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from batch.to_pylist()
+
+
+def _run_guarded(
+    batch: pa.Table,
+    *,
+    guard: Guard,
+    plain: Callable[[pa.Table], pa.Table],
+    careful: Callable[[pa.Table, Trial], pa.Table] | None = None,
+) -> pa.Table:
+    return guard.run(batch, plain, careful)
+
+
+def _guarded(actor: type, guard: Guard) -> type:
+    """Return a class like ``actor``, and of its name, whose calls are guarded."""
+    if issubclass(actor, CarefulActor):
+        timeout_s = DataContext.get_current().execution_no_progress_timeout_s
+        guard = replace(guard, silence_s=timeout_s / _SILENT_SHARE)
+
+    class Guarded(actor):  # type: ignore[misc]  # known at run time only
+        on_pack = staticmethod(guard.beat)
+
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            return guard.run(batch, super().__call__, getattr(super(), "careful", None))
+
+    Guarded.__name__ = Guarded.__qualname__ = actor.__name__
+    return Guarded
 
 
 def make_units(

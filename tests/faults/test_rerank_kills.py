@@ -71,7 +71,7 @@ def kill_actors(flags: dict, made: Candidates, tmp_path: Path, *, kills: int) ->
     code, summary = job.wait()
     assert killed > 0
     if code:  # more deaths over one piece of work than the job allows: it says so and goes on
-        assert "a process died" in job.log()
+        assert "processes died over unit" in job.log()
         code, summary = Job(SCRIPT, flags, tmp_path / "again.log").wait()
     assert code == 0, job.log()[-3000:]
     assert summary["pairs"] == len(made.rows)
