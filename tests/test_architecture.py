@@ -51,6 +51,7 @@ LIGHT = (
     "qbatch.training.pairs.",
     *("qbatch.pipelines.pair_source.", "qbatch.pipelines.pair_decisions."),
     *("qbatch.training.near_duplicates.", "qbatch.training.synthesis.", "qbatch.models.chat."),
+    *("qbatch.models.server.", "qbatch.models.remote_embedder."),
 )
 """What listings, readers and CPU stages import; a thousand of their processes share machines."""
 

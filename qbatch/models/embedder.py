@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from qbatch.errors import ConfigError
 from qbatch.models.backbone import Backbone, load_backbone
+from qbatch.models.embed_stats import EmbedStats
 from qbatch.models.halving import in_halves, shrunk_budget
 from qbatch.models.loading import ModelSpec, load_spec
 from qbatch.models.packing import common_prefix, distinct_texts, gather_tokens, plan_packs
@@ -78,22 +79,6 @@ class EmbedderConfig:
             token_budget=self.token_budget or default_token_budget(device, dtype),
             num_threads=self.num_threads,
         )
-
-
-@dataclass(kw_only=True, slots=True)
-class EmbedStats:
-    """What an embedder has done so far."""
-
-    num_texts: int = 0
-    num_distinct: int = 0
-    num_packs: int = 0
-    num_tokens: int = 0
-    """Tokens of the distinct texts."""
-    num_computed: int = 0
-    """Tokens that went through the model: padding counts, and what texts of a pack begin with in
-    common counts once a pack."""
-    embed_s: float = 0.0
-    """Seconds inside ``embed``."""
 
 
 class Embedder:

@@ -26,6 +26,7 @@ from qbatch.models.embedder import resolve_device, resolve_dtype
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import ModelSpec, load_spec, weights_sha256
 from qbatch.models.prompts import document_prompt, query_prompt
+from qbatch.models.server import ServerConfig
 from qbatch.pipelines.cluster import (
     PoolPlan,
     plan_pool,
@@ -94,6 +95,18 @@ class EmbedCorpusConfig:
     """Tokens in one forward pass; None suits the device."""
     dtype: Literal["auto"] | ComputeDtype = "auto"
     """Compute dtype; auto is bfloat16 where the processor has it, else float32."""
+    engine: Literal["local", "http"] = "local"
+    """local computes in the actors; http asks an OpenAI-compatible server of the same model."""
+    endpoint: str | None = None
+    """Of the server, such as http://host:8000/v1."""
+    served_model: str | None = None
+    """What the server calls the model; None is --model as given."""
+    concurrency: int = 32
+    """Requests that each actor has on their way."""
+    timeout_s: float = 120.0
+    """For one answer of the server."""
+    max_retries: int = 8
+    """How often a request to the server is sent again."""
     dims: IntList = ()
     """Widths to write (Matryoshka), the first as "vector"; empty is the model's own width."""
     vector_dtype: VectorDtype = "float32"
@@ -136,6 +149,31 @@ class EmbedCorpusConfig:
         if any(dim < 1 for dim in self.dims) or len(set(self.dims)) < len(self.dims):
             raise ConfigError(f"dims are {self.dims}; give different positive widths")
         self.corpus()
+        self.server()
+
+    def server(self) -> ServerConfig | None:
+        """Return the server that computes, None for the actors themselves."""
+        if self.engine == "local":
+            if self.endpoint is not None:
+                raise ConfigError(
+                    f"endpoint is {self.endpoint!r} with --engine=local; give --engine=http to use "
+                    "it, or leave it out"
+                )
+            return None
+        if self.endpoint is None:
+            raise ConfigError("--engine=http needs --endpoint, such as http://host:8000/v1")
+        if self.dtype == "auto":
+            raise ConfigError(
+                "--dtype=auto with --engine=http; name the dtype in which the server computes, "
+                "since it is part of what the vectors are known by"
+            )
+        return ServerConfig(
+            endpoint=self.endpoint,
+            model=self.served_model or self.model,
+            concurrency=self.concurrency,
+            timeout_s=self.timeout_s,
+            max_retries=self.max_retries,
+        )
 
     def corpus(self) -> CorpusConfig:
         """Return the part of the settings that says what to read and how."""
@@ -166,7 +204,8 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
     probe(storage)
     current = latest_generation(storage)
     with ray_session(stall_timeout_s=config.stall_timeout_s):
-        pool = plan_pool(config.min_actors, config.max_actors, config.gpus_per_actor)
+        gpus = 0.0 if config.engine == "http" else config.gpus_per_actor
+        pool = plan_pool(config.min_actors, config.max_actors, gpus)
         task, fingerprint = _resolve(config, spec, storage, pool)
         plan = Plan(plan_units(task.corpus), task.unit_fingerprint)
         done = finished_units(storage, plan.keys, current)
@@ -228,6 +267,10 @@ def _resolve(
 
 
 def _estimate(config: EmbedCorpusConfig, spec: ModelSpec) -> dict[str, Any]:
+    if config.engine == "http" and config.tokens_per_s is None:
+        raise ConfigError(
+            "--dry-run cannot measure a server; give --tokens-per-s, what it does for one actor"
+        )
     device = resolve_device()
     gpus = config.gpus_per_actor
     prices = Prices(
@@ -271,6 +314,7 @@ def make_task(config: EmbedCorpusConfig, spec: ModelSpec, dtype: ComputeDtype) -
         dtype=dtype,
         token_budget=config.token_budget,
         vector_dtype=config.vector_dtype,
+        server=config.server(),
     )
 
 

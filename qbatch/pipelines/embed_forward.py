@@ -8,16 +8,25 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from qbatch.models.embedder import Embedder, EmbedderConfig, EmbedStats
+from qbatch.models.embed_stats import EmbedStats
+from qbatch.models.embedder import Embedder, EmbedderConfig
 from qbatch.models.hub import resolve_model
 from qbatch.models.packing import distinct_texts, plan_packs
+from qbatch.models.remote_embedder import RemoteEmbedder
 from qbatch.pipelines.embed_task import EmbedTask, unit_row, unit_table
 from qbatch.pipelines.trial import CarefulActor, Trial
 from qbatch.schema import vector_array
 
 
-def build_embedder(task: EmbedTask, num_threads: int | None = None) -> Embedder:
-    """Load the model of a task in this process."""
+def build_embedder(task: EmbedTask, num_threads: int | None = None) -> Embedder | RemoteEmbedder:
+    """Load the model of a task in this process, or prepare to ask its server."""
+    if task.server is not None:
+        return RemoteEmbedder(
+            task.server,
+            dim=max(task.dims),
+            normalize=task.normalize,
+            token_budget=task.token_budget,
+        )
     config = EmbedderConfig(
         model_path=resolve_model(task.model, task.revision),
         dtype=task.dtype,
@@ -78,7 +87,9 @@ class EmbedActor(CarefulActor):
 
 
 def embed_passages(
-    embedder: Embedder, passages: pa.Table, on_pack: Callable[[], None] = lambda: None
+    embedder: Embedder | RemoteEmbedder,
+    passages: pa.Table,
+    on_pack: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Return float32 vectors of shape (passages, widest width) in the order of ``passages``."""
     return embedder.embed(*_tokens(passages), on_pack)
@@ -89,7 +100,7 @@ def _tokens(passages: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return ids.flatten().to_numpy(zero_copy_only=False), passages["num_tokens"].to_numpy()
 
 
-def _pack_stats(before: EmbedStats, embedder: Embedder) -> dict[str, int]:
+def _pack_stats(before: EmbedStats, embedder: Embedder | RemoteEmbedder) -> dict[str, int]:
     after = embedder.stats
     return {
         "tokens_packed": after.num_computed - before.num_computed,

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from qbatch.corpus.config import CorpusConfig
 from qbatch.manifest import fingerprint_id
+from qbatch.models.server import ServerConfig
 from qbatch.models.tokenization import TokenizerSpec
 from qbatch.schema import ComputeDtype, VectorDtype
 
@@ -38,6 +39,9 @@ class EmbedTask:
     vector_dtype: VectorDtype
     scales: tuple[float, ...] = ()
     """int8 only: what each width is multiplied with before rounding."""
+    server: ServerConfig | None = None
+    """Computes the vectors; None is the model in each actor. Not in the fingerprint: it has to
+    give the vectors of the same model."""
     fingerprint: str = ""
     """Id of the embedding fingerprint; written into every file."""
 

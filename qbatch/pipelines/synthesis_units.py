@@ -20,8 +20,9 @@ from qbatch.corpus.reading import read_unit
 from qbatch.corpus.rows import RAW_LIMIT
 from qbatch.corpus.spans import Unit
 from qbatch.manifest import fingerprint_id
-from qbatch.models.chat import ChatEngine, ChatReply, ChatRequest, ChatServerConfig
+from qbatch.models.chat import ChatEngine, ChatReply, ChatRequest, ChatServer
 from qbatch.models.hub import resolve_model
+from qbatch.models.server import ServerConfig
 from qbatch.models.tokenization import TextTokenizer
 from qbatch.pipelines.embed_forward import build_embedder
 from qbatch.pipelines.embed_task import EmbedTask, unit_row, unit_table
@@ -102,7 +103,7 @@ class SynthesisTask:
     top_p: float
     instruction: str | None
     seed: int
-    engine: ChatServerConfig | LocalModel
+    engine: ServerConfig | LocalModel
     persona_embedder: EmbedTask | None
     fingerprint: str = ""
 
@@ -408,10 +409,10 @@ class SynthesisActor:
         return [[self._personas[i] for i in own] for own in chosen]
 
 
-def build_engine(engine: ChatServerConfig | LocalModel, num_threads: int | None) -> ChatEngine:
+def build_engine(engine: ServerConfig | LocalModel, num_threads: int | None) -> ChatEngine:
     """Return what answers, in this process."""
-    if isinstance(engine, ChatServerConfig):
-        return engine.build()
+    if isinstance(engine, ServerConfig):
+        return ChatServer(engine)
     from qbatch.models.generator import GeneratorConfig  # noqa: PLC0415 - a server needs no torch
 
     return GeneratorConfig(

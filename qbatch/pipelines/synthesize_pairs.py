@@ -25,9 +25,9 @@ from qbatch.corpus.reading import read_unit
 from qbatch.corpus.units import plan_units
 from qbatch.errors import BadInputError, ConfigError, NoInputError
 from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish_change
-from qbatch.models.chat import ChatServerConfig
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import hash_tokenizer, load_spec, weights_sha256
+from qbatch.models.server import ServerConfig
 from qbatch.pipelines.cluster import (
     PoolPlan,
     plan_pool,
@@ -190,11 +190,11 @@ class SynthesizePairsConfig:
             what="documents",
         )
 
-    def server(self) -> ChatServerConfig | None:
+    def server(self) -> ServerConfig | None:
         """Return the server, None for a model in the actors."""
         if self.endpoint is None:
             return None
-        return ChatServerConfig(
+        return ServerConfig(
             endpoint=self.endpoint,
             model=self.model,
             concurrency=self.concurrency,
@@ -381,8 +381,8 @@ def synthesis_fingerprint(task: SynthesisTask, personas: Sequence[str]) -> dict[
     }
 
 
-def _engine_fingerprint(engine: ChatServerConfig | LocalModel) -> dict[str, Any]:
-    if isinstance(engine, ChatServerConfig):
+def _engine_fingerprint(engine: ServerConfig | LocalModel) -> dict[str, Any]:
+    if isinstance(engine, ServerConfig):
         return {"served": engine.model}
     path = resolve_model(engine.model, engine.revision)
     return {

@@ -7,14 +7,8 @@ from email.utils import formatdate
 import pytest
 
 from qbatch.errors import ConfigError, StalledError
-from qbatch.models.chat import (
-    FAILED,
-    KEY_VARIABLE,
-    REFUSED,
-    ChatRequest,
-    ChatServerConfig,
-    _retry_after,
-)
+from qbatch.models.chat import ChatRequest, ChatServer
+from qbatch.models.server import FAILED, KEY_VARIABLE, REFUSED, ServerConfig, retry_after
 from tests.chat_server import KEY, answer_to, chat_server, fate_of
 
 SYSTEM = 'Answer {"query": "..."}'
@@ -37,7 +31,7 @@ def test_every_request_gets_its_answer_in_order_through_all_troubles(monkeypatch
     fates = {fate_of(r.system + r.user) for r in requests}
     assert {"429", "500", "hang-up", "slow", "broken-json"} <= fates
     with chat_server() as (endpoint, state), caplog.at_level(logging.DEBUG):
-        engine = ChatServerConfig(endpoint=endpoint, model="m", concurrency=7).build()
+        engine = ChatServer(ServerConfig(endpoint=endpoint, model="m", concurrency=7))
         replies = engine.complete(requests)
     for request, reply in zip(requests, replies, strict=True):
         assert reply.reason is None
@@ -56,13 +50,13 @@ def test_every_request_gets_its_answer_in_order_through_all_troubles(monkeypatch
 def test_without_a_key_none_is_sent(monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     with chat_server(misbehaves=False) as (endpoint, state):
-        ChatServerConfig(endpoint=endpoint, model="m").build().complete([ask("x y z")])
+        ChatServer(ServerConfig(endpoint=endpoint, model="m")).complete([ask("x y z")])
     assert state.keys == {None}
 
 
 def test_a_cut_answer_says_so():
     with chat_server(misbehaves=False) as (endpoint, _):
-        engine = ChatServerConfig(endpoint=endpoint, model="m").build()
+        engine = ChatServer(ServerConfig(endpoint=endpoint, model="m"))
         replies = engine.complete([ask("an endless one"), ask("a short one")])
     assert [reply.is_cut for reply in replies] == [True, False]
 
@@ -70,7 +64,7 @@ def test_a_cut_answer_says_so():
 def test_what_is_refused_is_asked_once_and_what_only_fails_is_given_up_alone():
     config = {"model": "m", "max_retries": 1}
     with chat_server(misbehaves=False, delay_s=0.05) as (endpoint, state):
-        engine = ChatServerConfig(endpoint=endpoint, concurrency=2, **config).build()
+        engine = ChatServer(ServerConfig(endpoint=endpoint, concurrency=2, **config))
         asked = [ask("refused"), ask("always fails"), *(ask(f"good {i}") for i in range(40))]
         replies = engine.complete(asked)
     assert [reply.reason for reply in replies[:3]] == [REFUSED, FAILED, None]
@@ -83,7 +77,7 @@ def test_what_is_refused_is_asked_once_and_what_only_fails_is_given_up_alone():
 def test_a_server_that_answers_nobody_ends_the_job():
     with chat_server(misbehaves=False) as (endpoint, state):
         state.is_down = True
-        engine = ChatServerConfig(endpoint=endpoint, model="m", max_retries=1).build()
+        engine = ChatServer(ServerConfig(endpoint=endpoint, model="m", max_retries=1))
         with pytest.raises(StalledError, match=r"answered none of 2 requests .* 503 "):
             engine.complete([ask("x")])
     with pytest.raises(StalledError, match="the last time: URLError"):
@@ -92,27 +86,27 @@ def test_a_server_that_answers_nobody_ends_the_job():
 
 def test_a_slow_server_times_out():
     with chat_server(misbehaves=False, delay_s=1.0) as (endpoint, _):
-        engine = ChatServerConfig(
-            endpoint=endpoint, model="m", max_retries=0, timeout_s=0.1
-        ).build()
+        engine = ChatServer(
+            ServerConfig(endpoint=endpoint, model="m", max_retries=0, timeout_s=0.1)
+        )
         with pytest.raises(StalledError, match="TimeoutError"):
             engine.complete([ask("x")])
 
 
 def test_wrong_model_or_key_is_a_matter_of_settings():
     with chat_server(misbehaves=False) as (endpoint, _):
-        engine = ChatServerConfig(endpoint=endpoint, model="unknown").build()
+        engine = ChatServer(ServerConfig(endpoint=endpoint, model="unknown"))
         with pytest.raises(ConfigError, match="refuses model 'unknown': 404"):
             engine.complete([ask("x")])
 
 
-def test_retry_after_is_seconds_or_a_date():
-    assert _retry_after("1.5") == 1.5
-    assert _retry_after("-3") == 0
-    assert _retry_after("99999") == 600
-    assert _retry_after(formatdate(time.time() + 30, usegmt=True)) == pytest.approx(30, abs=3)
-    assert _retry_after("soon") is None
-    assert _retry_after(None) is None
+def testretry_after_is_seconds_or_a_date():
+    assert retry_after("1.5") == 1.5
+    assert retry_after("-3") == 0
+    assert retry_after("99999") == 600
+    assert retry_after(formatdate(time.time() + 30, usegmt=True)) == pytest.approx(30, abs=3)
+    assert retry_after("soon") is None
+    assert retry_after(None) is None
 
 
 @pytest.mark.parametrize(
@@ -126,4 +120,4 @@ def test_retry_after_is_seconds_or_a_date():
 )
 def test_bad_settings_are_refused(flags, message):
     with pytest.raises(ConfigError, match=message):
-        ChatServerConfig(**{"endpoint": "http://x", "model": "m", **flags})
+        ServerConfig(**{"endpoint": "http://x", "model": "m", **flags})

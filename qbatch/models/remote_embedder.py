@@ -1,0 +1,154 @@
+"""An embedding server in place of a model in this process: token ids in, vectors out.
+
+vLLM, TEI and other OpenAI-compatible servers take token ids for texts, so that prompts, special
+tokens and truncation are ours and exact. Imports no torch.
+"""
+
+import base64
+import json
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from qbatch.errors import ConfigError, StalledError
+from qbatch.models.embed_stats import EmbedStats
+from qbatch.models.packing import distinct_texts, plan_packs
+from qbatch.models.server import Server, ServerConfig
+
+_TOKENS_PER_REQUEST = 8_192
+_TEXTS_PER_REQUEST = 64
+
+
+class RemoteEmbedder:
+    """Embeds texts given as token ids, as ``Embedder`` does, by asking a server.
+
+    A text that the server refuses, or fails over again and again, gets a row of NaN.
+    """
+
+    def __init__(
+        self, config: ServerConfig, *, dim: int, normalize: bool, token_budget: int | None = None
+    ) -> None:
+        """Prepare to ask; nothing is sent yet.
+
+        Args:
+            config: Which server.
+            dim: Leading components kept (Matryoshka).
+            normalize: Whether rows get unit length.
+            token_budget: Tokens of one request, about; None is 8,192.
+        """
+        self.dim = dim
+        self.stats = EmbedStats()
+        self.token_budget = token_budget or _TOKENS_PER_REQUEST
+        self._normalize = normalize
+        self._server = Server(config, "/embeddings")
+
+    def embed(
+        self, ids: np.ndarray, lengths: np.ndarray, on_pack: Callable[[], None] = lambda: None
+    ) -> np.ndarray:
+        """Return one vector per text, in the order given: float32, shape (texts, dim).
+
+        Args:
+            ids: int32, the texts one after the other.
+            lengths: int32, tokens of each text.
+            on_pack: Called before the requests are sent, and as each is answered.
+
+        Raises:
+            ConfigError: The server refuses the key, knows no such model, or has narrower vectors.
+            StalledError: The server answers nobody any more.
+        """
+        started = time.perf_counter()
+        first, inverse = distinct_texts(ids, lengths)
+        texts = [t.tolist() for t in np.split(ids, np.cumsum(lengths)[:-1])] if len(lengths) else []
+        requests = [
+            first[part]
+            for pack in plan_packs(lengths[first], self.token_budget)
+            for part in np.split(pack, range(_TEXTS_PER_REQUEST, len(pack), _TEXTS_PER_REQUEST))
+        ]
+        matrix = np.full((len(lengths), self.dim), np.nan, np.float32)
+        on_pack()
+        for rows, vectors in zip(requests, self._ask(requests, texts, on_pack), strict=True):
+            matrix[rows] = vectors
+        matrix = matrix[first[inverse]] if len(lengths) else matrix
+        self._count(lengths, first, len(requests), time.perf_counter() - started)
+        return matrix
+
+    def _ask(
+        self, requests: list[np.ndarray], texts: list[list[int]], on_pack: Callable[[], None]
+    ) -> list[np.ndarray]:
+        def read(data: bytes) -> np.ndarray:
+            on_pack()
+            return _vectors(data)
+
+        bodies = [
+            {"input": [texts[row] for row in rows], "encoding_format": "base64"}
+            for rows in requests
+        ]
+        found = []
+        for rows, answer in zip(requests, self._server.ask(bodies, read), strict=True):
+            if answer.value is None:
+                found.append(self._one_by_one(rows, texts, answer.detail, read))
+            elif len(answer.value) != len(rows):
+                raise StalledError(
+                    f"the server gave {len(answer.value)} vectors for {len(rows)} texts; see to it "
+                    "and run the job again to go on"
+                )
+            else:
+                found.append(self._finished(answer.value))
+        return found
+
+    def _one_by_one(
+        self,
+        rows: np.ndarray,
+        texts: list[list[int]],
+        detail: str,
+        read: Callable[[bytes], np.ndarray],
+    ) -> np.ndarray:
+        """Ask for the texts of a refused request alone: one of them is at fault."""
+        bodies = [{"input": [texts[row]], "encoding_format": "base64"} for row in rows]
+        answers = self._server.ask(bodies, read) if len(rows) > 1 else []
+        if answers and all(answer.value is None for answer in answers):
+            raise ConfigError(
+                f"the server refuses {len(rows)} texts, each alone: {detail}. Check that it takes "
+                "token ids, that it serves this model, and its longest input"
+            )
+        nothing = np.full((1, self.dim), np.nan, np.float32)
+        found = [nothing if a.value is None else self._finished(a.value) for a in answers]
+        return np.concatenate(found or [nothing])
+
+    def _finished(self, vectors: np.ndarray) -> np.ndarray:
+        """Return vectors of the width that is asked for, scaled if they are to be."""
+        if vectors.shape[1] < self.dim:
+            raise ConfigError(
+                f"the server gives vectors of {vectors.shape[1]} components, --model has "
+                f"{self.dim}; serve the same model, or ask for fewer --dims"
+            )
+        cut = vectors[:, : self.dim]
+        return cut / np.linalg.norm(cut, axis=1, keepdims=True) if self._normalize else cut
+
+    def _count(
+        self, lengths: np.ndarray, first: np.ndarray, num_requests: int, seconds: float
+    ) -> None:
+        num_tokens = int(lengths[first].sum())
+        self.stats.num_texts += len(lengths)
+        self.stats.num_distinct += len(first)
+        self.stats.num_packs += num_requests
+        self.stats.num_tokens += num_tokens
+        self.stats.num_computed += num_tokens
+        self.stats.embed_s += seconds
+
+
+def _vectors(data: bytes) -> np.ndarray:
+    """Read a reply in the order of its texts; ValueError for anything that is none."""
+    try:
+        entries = sorted(json.loads(data)["data"], key=lambda entry: entry["index"])
+        return np.stack([_vector(entry["embedding"]) for entry in entries])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a list of embeddings: {data[:300]!r}") from error
+
+
+def _vector(embedding: str | list[float]) -> np.ndarray:
+    """Return what base64 of little-endian float32, or a list of numbers, stands for."""
+    if isinstance(embedding, str):
+        return np.frombuffer(base64.b64decode(embedding), "<f4")
+    return np.asarray(embedding, np.float32)
