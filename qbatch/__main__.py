@@ -1,13 +1,17 @@
-"""What there is: the jobs, or what was published somewhere.
+"""What there is: the jobs, or what was published somewhere; and questions about engines.
 
 python -m qbatch                     # the jobs
 python -m qbatch s3://bucket/index   # the generations of a table, or the releases of a night
+python -m qbatch parity --help       # may the vectors of two engines share an index?
+python -m qbatch roofline --help     # how fast could a GPU embed?
 """
 
 import ast
 import sys
 from pathlib import Path
+from typing import NoReturn
 
+from qbatch.cli import run
 from qbatch.errors import QbatchError
 from qbatch.manifest import latest_generation
 from qbatch.storage import Storage
@@ -17,6 +21,8 @@ JOBS = Path(__file__).resolve().parents[1] / "jobs"
 
 def main(arguments: list[str]) -> int:
     """Print the answer; return the exit code."""
+    if arguments and arguments[0] in _COMMANDS:
+        _COMMANDS[arguments[0]](arguments[1:])
     try:
         lines = _published(arguments[0]) if arguments else _jobs()
     except QbatchError as error:
@@ -24,6 +30,21 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     print("\n".join(lines))  # noqa: T201
     return 0
+
+
+def _parity(arguments: list[str]) -> NoReturn:
+    from qbatch.pipelines.parity import ParityConfig, parity  # noqa: PLC0415 - imports torch
+
+    run(ParityConfig, parity, arguments)
+
+
+def _roofline(arguments: list[str]) -> NoReturn:
+    from qbatch.models.roofline import RooflineConfig, roofline  # noqa: PLC0415 - transformers
+
+    run(RooflineConfig, roofline, arguments)
+
+
+_COMMANDS = {"parity": _parity, "roofline": _roofline}
 
 
 def _jobs() -> list[str]:

@@ -42,14 +42,24 @@ Derived = Annotated[T, tyro.conf.Fixed, tyro.conf.SuppressFixed]
 """A setting of a nested job that the outer job fills in: no flag, no key."""
 
 
-def run(config_type: type[ConfigT], job: Callable[[ConfigT], Mapping[str, Any]]) -> NoReturn:
-    """Run one job as this process: parse, log to stderr, print the summary, exit with its code."""
+def run(
+    config_type: type[ConfigT],
+    job: Callable[[ConfigT], Mapping[str, Any]],
+    arguments: Sequence[str] | None = None,
+) -> NoReturn:
+    """Run one job as this process: parse, log to stderr, print the summary, exit with its code.
+
+    Args:
+        config_type: What flags are parsed to.
+        job: What takes it and returns the summary.
+        arguments: Flags; None is those of the process.
+    """
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every hub request
     try:
-        config = parse(config_type, sys.argv[1:])
+        config = parse(config_type, sys.argv[1:] if arguments is None else arguments)
         summary = job(config)
     except QbatchError as error:
         log.error("%s", error)

@@ -55,8 +55,7 @@ def estimate(task: EmbedTask, prices: Prices) -> dict[str, Any]:
     """
     totals = _Totals()
     units = _counted(plan_units(task.corpus), task.corpus, totals)
-    sample = sample_evenly(units, _SAMPLE_UNITS)
-    passages, sampled_bytes, sampled_rows = _read_sample(sample, task)
+    passages, sampled_bytes, sampled_rows = read_sample(units, task)
     lengths = passages["num_tokens"].to_numpy()
     scale = totals.num_bytes / max(1, sampled_bytes)
     tokens = int(lengths.sum() * scale)
@@ -104,8 +103,13 @@ def _num_bytes(unit: Unit, corpus: CorpusConfig) -> int:
     )
 
 
-def _read_sample(sample: list[Unit], task: EmbedTask) -> tuple[pa.Table, float, float]:
-    """Return tokenized passages of the sample and the input bytes and rows they stand for."""
+def read_sample(units: Iterable[Unit], task: EmbedTask) -> tuple[pa.Table, float, float]:
+    """Return tokenized passages of some units and the input bytes and rows they stand for.
+
+    Raises:
+        BadInputError: The sample holds no usable text.
+    """
+    sample = sample_evenly(units, _SAMPLE_UNITS)
     tables, num_bytes, num_rows = [], 0.0, 0.0
     lenient = replace(task.corpus, on_bad_row="skip")
     for unit in sample:
