@@ -26,6 +26,7 @@ from qbatch.pipelines.embed import (
 from qbatch.schema import vector_matrix
 from qbatch.storage import Storage
 from qbatch.tables import open_vectors
+from tests.embedding_server import embedding_server
 from tests.tiny_models import write_tiny_encoder
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -338,3 +339,34 @@ def test_dry_run_estimates_and_starts_nothing(disk_config, tmp_path):
     assert given["seconds_estimated"] == pytest.approx(given["tokens_estimated"] / 200, rel=0.01)
     summary = embed_corpus(disk_config)
     assert plan["tokens_estimated"] == summary["tokens"]
+
+
+@pytest.mark.slow
+def test_a_server_computes_what_the_actors_would(disk_config, tmp_path):
+    """The same fingerprint and the same vectors, and the text that the server refuses is named."""
+    tilde = json.loads(Path(disk_config.model, "tokenizer.json").read_text())["model"]["vocab"]["~"]
+    embed_corpus(disk_config)
+    with embedding_server(disk_config.model, refused=tilde) as (endpoint, state):
+        config = replace(disk_config, output=f"{tmp_path}/served", engine="http", endpoint=endpoint)
+        embed_corpus(config)
+        assert state.statuses[200] > 0
+        tables = [open_vectors(uri) for uri in (disk_config.output, config.output)]
+        first, second = (table.to_table().sort_by("passage_id") for table in tables)
+        assert first.drop_columns(["vector"]).equals(second.drop_columns(["vector"]))
+        np.testing.assert_allclose(
+            vector_matrix(first["vector"]), vector_matrix(second["vector"]), atol=1e-6
+        )
+        assert tables[0].generation.fingerprint == tables[1].generation.fingerprint
+        Storage(config.input).write("x.jsonl", b'{"doc_id": "bad", "text": "a ~ b"}\n')
+        summary = embed_corpus(replace(config, max_bad_fraction=0.01))
+    assert summary["rejected"] == {"non_finite_vector": 1}
+    assert open_vectors(config.output).rejects()["doc_id"].to_pylist() == ["bad"]
+
+
+def test_settings_of_a_server_are_checked(disk_config):
+    with pytest.raises(ConfigError, match="--engine=http needs --endpoint"):
+        replace(disk_config, engine="http")
+    with pytest.raises(ConfigError, match="give --engine=http to use it"):
+        replace(disk_config, endpoint="http://x")
+    with pytest.raises(ConfigError, match="--dtype=auto with --engine=http"):
+        replace(disk_config, engine="http", endpoint="http://x", dtype="auto")
