@@ -4,6 +4,7 @@ python -m qbatch                     # the jobs
 python -m qbatch s3://bucket/index   # the generations of a table, or the releases of a night
 python -m qbatch parity --help       # may the vectors of two engines share an index?
 python -m qbatch roofline --help     # how fast could a GPU embed?
+python -m qbatch forecast --help     # what would ten billion documents take and cost?
 """
 
 import ast
@@ -14,6 +15,7 @@ from typing import NoReturn
 from qbatch.cli import run
 from qbatch.errors import QbatchError
 from qbatch.manifest import latest_generation
+from qbatch.report.forecast import ForecastConfig, forecast
 from qbatch.storage import Storage
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
@@ -44,7 +46,11 @@ def _roofline(arguments: list[str]) -> NoReturn:
     run(RooflineConfig, roofline, arguments)
 
 
-_COMMANDS = {"parity": _parity, "roofline": _roofline}
+def _forecast(arguments: list[str]) -> NoReturn:
+    run(ForecastConfig, forecast, arguments)
+
+
+_COMMANDS = {"parity": _parity, "roofline": _roofline, "forecast": _forecast}
 
 
 def _jobs() -> list[str]:

@@ -25,7 +25,7 @@ ARROWS = {
     "pipelines": FOUNDATION | LIBRARIES | {"cli"},
     "quickstart": FOUNDATION | LIBRARIES,
     "reader": FOUNDATION | {"models", "index"},
-    "__main__": FOUNDATION | {"cli", "models", "pipelines"},
+    "__main__": FOUNDATION | {"cli", "models", "pipelines", "report"},
     "jobs": {"cli", "pipelines"},
     **dict.fromkeys(FOUNDATION, FOUNDATION),
 }
