@@ -35,7 +35,7 @@ def test_ten_times_the_documents_take_ten_times_as_much():
         forecast(ForecastConfig(documents=n, tokens_per_s=20_000.0)) for n in (10**8, 10**9)
     )
     for name in ("units", "gpu_hours", "gib_out", "gpu_cost", "request_cost"):
-        assert large[name] == pytest.approx(10 * small[name], rel=0.01)
+        assert large[name] == pytest.approx(10 * small[name], rel=0.01, abs=0.1)
 
 
 @pytest.mark.parametrize(
