@@ -40,7 +40,7 @@ from tests.faults import injection, proxy
 from tests.faults.broken_protocol import append_everything
 from tests.faults.jobs_under_test import JOBS, JobUnderTest
 from tests.faults.local_stages import stages_in_this_process
-from tests.processes import free_port, wait_for_url
+from tests.processes import ROOT, free_port, wait_for_url
 
 HTTP_SHARE = 0.05
 """Of the requests fail: clients that repeat a request a few times mostly get through."""
@@ -67,7 +67,11 @@ class Tally:
 @contextmanager
 def faulty_cluster(folder: Path) -> Iterator[None]:
     """Run a Ray whose workers, like this process, meet the planned fault."""
-    settings = {injection.PLAN: f"{folder}/plan.json", injection.DRIVER: str(os.getpid())}
+    settings = {
+        injection.PLAN: f"{folder}/plan.json",
+        injection.DRIVER: str(os.getpid()),
+        "PYTHONPATH": str(ROOT),
+    }
     os.environ.update(settings)
     injection.set_plan("error", 0)
     hook = {"worker_process_setup_hook": "tests.faults.injection.install", "env_vars": settings}
