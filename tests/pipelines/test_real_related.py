@@ -39,7 +39,8 @@ def read_packages() -> dict[str, str]:
         row = json.loads(line)
         if row["lang"] == "en":
             start = " ".join(row["body"][:FIRST_CHARACTERS].split())
-            texts[row["id"].partition(":")[0]] = f"{row['synopsis']}. {start}"
+            name = row["id"].partition(":")[0]
+            texts[name] = f"{name}: {row['synopsis']}. {start}"
     names = random.Random(0).sample(sorted(texts), NUM_PACKAGES)
     return {name: texts[name] for name in names}
 
@@ -76,7 +77,6 @@ def make_related(folder: Path) -> tuple[dict, dict]:
             output=f"{folder}/related",
             mode="items",
             top_k=TOP_K,
-            max_similarity=0.98,
         )
     )
     return embedded, related
@@ -101,9 +101,9 @@ def first_night(ray_cluster, tmp_path_factory) -> tuple[Path, dict[str, str], Re
 
 def show(packages: dict[str, str], found: Related, names: list[str]) -> None:
     for name in names:
-        print(f"\n{name}: {packages[name]}")
+        print(f"\n{packages[name][:90]}")
         for other, score in found[name][:3]:
-            print(f"    {score:.2f}  {other}: {packages[other][:70]}")
+            print(f"    {score:.2f}  {packages[other][:80]}")
 
 
 def test_every_package_has_related_ones(first_night, capsys):
@@ -115,9 +115,7 @@ def test_every_package_has_related_ones(first_night, capsys):
         scores = [score for _, score in items]
         others = [other for other, _ in items]
         assert scores == sorted(scores, reverse=True)
-        assert len(set(others) - {name}) == len(items) <= TOP_K
-    is_full = [len(items) == TOP_K for items in found.values()]
-    assert sum(is_full) / len(is_full) >= 0.99
+        assert len(set(others) - {name}) == len(items) == TOP_K
 
 
 def test_some_are_reranked_by_a_real_model(first_night, capsys):
