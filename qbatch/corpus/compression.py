@@ -14,6 +14,10 @@ _STEP_BYTES: dict[Compression, int] = {"gz": 32 * 2**10, "zst": 4 * 2**10}
 """Compressed bytes decoded in one call: bounds what a hostile stream can expand to at once
 (gzip 1000-fold, zstd about 30000-fold)."""
 
+_FREE_BYTES = 256 * 2**20
+_MOST_EXPANSION = 200
+"""A stream that has grown beyond both is a bomb: texts that people write shrink 3- to 30-fold."""
+
 _DECODE_ERRORS = (zlib.error, zstandard.ZstdError)
 
 
@@ -33,10 +37,11 @@ def iter_decompressed(file: BinaryIO, compression: Compression) -> Iterator[byte
     """Yield the content of a gzip or zstd stream of one or more members.
 
     Raises:
-        DamagedStreamError: After everything before the damage was yielded.
+        DamagedStreamError: After everything before the damage was yielded; a stream that expands
+            beyond all measure counts as damaged from there on.
     """
     decoder: Any = None
-    num_read = 0
+    num_read = num_made = 0
     for step in _steps(file, _STEP_BYTES[compression]):
         num_read += len(step)
         rest = step
@@ -50,6 +55,12 @@ def iter_decompressed(file: BinaryIO, compression: Compression) -> Iterator[byte
                 ) from error
             if content:
                 yield content
+            num_made += len(content)
+            if num_made > max(_FREE_BYTES, _MOST_EXPANSION * num_read):
+                raise DamagedStreamError(
+                    reasons.CORRUPT_FILE,
+                    f"{num_read} compressed bytes expand to more than {num_made}, as no text does",
+                )
             rest = b""
             if decoder.eof:
                 rest, decoder = decoder.unused_data, None

@@ -58,3 +58,19 @@ def test_a_flipped_bit_does_not_pass():
     content, reason = decompress(bytes(data), "gz")
     assert reason == CORRUPT_FILE
     assert len(content) <= len(CONTENT)
+
+
+@pytest.mark.parametrize("compression", ["gz", "zst"])
+def test_a_bomb_ends_as_a_damaged_stream(compression):
+    bomb = COMPRESS[compression](b"the same line again\n" * (400 * 2**20 // 20))
+    content, reason = decompress(bomb, compression)
+    assert reason == CORRUPT_FILE
+    assert len(content) < 400 * 2**20
+
+
+def test_a_large_stream_of_ordinary_text_is_no_bomb():
+    rng = random.Random(0)
+    words = [rng.randbytes(8).hex() for _ in range(1000)]
+    block = " ".join(rng.choice(words) for _ in range(500_000)).encode()
+    stream = zstandard.compress(block) * 40  # members, 340 MB in all
+    assert sum(map(len, iter_decompressed(io.BytesIO(stream), "zst"))) == 40 * len(block)

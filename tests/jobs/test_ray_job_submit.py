@@ -18,10 +18,19 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
+SECRETS = {"AWS_SECRET_ACCESS_KEY": secrets.token_hex(20), "QBATCH_API_KEY": secrets.token_hex(20)}
+"""In the environment of every process of the cluster, as an operator gives them."""
+
+
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
+def ray_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ray")
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_folder) -> Iterator[dict[str, str]]:
     """A Ray head with its own ports and folder; yields the environment of its clients."""
-    folder = tmp_path_factory.mktemp("ray")
+    folder = ray_folder
     port, dashboard, client, agent = (free_port() for _ in range(4))
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
     environment |= {
@@ -29,6 +38,7 @@ def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        **SECRETS,
     }
     command = [
         *(RAY, "start", "--head", "--block", "--disable-usage-stats"),
@@ -88,3 +98,21 @@ def test_exit_codes_arrive(cluster, tiny_model, tmp_path):
     assert done.returncode != 0
     assert "exit code 3" in output
     assert "no object to read under" in output
+
+
+def test_secrets_of_the_environment_reach_no_log_and_no_table(cluster, ray_folder):
+    """Of the jobs above: logs of Ray and of the jobs, manifests and reports."""
+    written = [p for p in ray_folder.parent.rglob("*") if p.is_file() and not p.is_symlink()]
+    logs = [p for p in written if p.suffix in (".log", ".out", ".err")]
+    reports = [p for p in written if p.name in ("report.json", "report.html")]
+    manifests = [p for p in written if p.parent.name == "manifests"]
+    assert logs
+    assert reports
+    assert manifests
+    listed = subprocess.run(
+        [RAY, "job", "list"], env=cluster, capture_output=True, text=True, check=True
+    )
+    assert "SUCCEEDED" in listed.stdout + listed.stderr
+    for secret in [*SECRETS.values(), cluster["RAY_AUTH_TOKEN"]]:
+        assert secret not in listed.stdout + listed.stderr
+        assert [p for p in written if secret.encode() in p.read_bytes()] == []
