@@ -72,7 +72,7 @@ def roofline(config: RooflineConfig) -> dict[str, Any]:
     spec = load_spec(resolve_model(config.model, config.revision))
     shape = read_config(spec.path)
     weights = layer_weights(shape) * shape.num_hidden_layers
-    flops = 2 * weights + attention_flops(shape, config.tokens_per_text)
+    flops = flops_per_token(shape, config.tokens_per_text)
     passes = _ACTIVATION_PASSES * shape.num_hidden_layers * shape.hidden_size
     traffic = _BYTES * (weights / config.token_budget + passes)
     compute_bound = gpu.bf16_tflops * 1e12 / flops
@@ -95,6 +95,17 @@ def roofline(config: RooflineConfig) -> dict[str, Any]:
         "weights once a pass and 20 passes over each layer's hidden state, at its bandwidth; the "
         f"slower of both, times an efficiency of {config.efficiency:g}",
     }
+
+
+def flops_per_token(shape: PreTrainedConfig, tokens_per_text: int) -> int:
+    """Return the operations of all layers for a token: a multiplication and an addition a weight.
+
+    Args:
+        shape: Of the model.
+        tokens_per_text: Mean length, on which attention depends.
+    """
+    weights = layer_weights(shape) * int(shape.num_hidden_layers)
+    return 2 * weights + attention_flops(shape, tokens_per_text)
 
 
 def layer_weights(shape: PreTrainedConfig) -> int:

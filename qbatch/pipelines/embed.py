@@ -24,8 +24,9 @@ from qbatch.errors import BadInputError, ConfigError, IntegrityError
 from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish_change
 from qbatch.models.embedder import resolve_device, resolve_dtype
 from qbatch.models.hub import resolve_model
-from qbatch.models.loading import ModelSpec, load_spec, weights_sha256
+from qbatch.models.loading import ModelSpec, load_spec, read_config, weights_sha256
 from qbatch.models.prompts import document_prompt, query_prompt
+from qbatch.models.roofline import flops_per_token
 from qbatch.models.server import ServerConfig
 from qbatch.pipelines.cluster import (
     PoolPlan,
@@ -131,7 +132,7 @@ class EmbedCorpusConfig:
     stall_timeout_s: float = 1800.0
     """Seconds without any progress after which the job ends with code 6."""
     gpu_hourly_price: float | None = None
-    """Price of one GPU, or of one CPU machine without GPUs, for an hour; for --dry-run."""
+    """Price of one GPU, or of one CPU machine without GPUs, for an hour."""
     tokens_per_s: float | None = None
     """Speed of one actor for --dry-run; None measures it on this machine."""
     single_writer: bool = False
@@ -245,12 +246,19 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
         "tokens": counts["tokens"],
         **progress.summary(total_s=time.perf_counter() - started),
     }
-    write_report(storage, "vectors", summary, partial(_details, storage, published, progress))
+    details = partial(_details, config, spec, PublishedTable(storage, published), progress)
+    write_report(storage, "vectors", summary, details)
     return summary
 
 
-def _details(storage: Storage, published: Generation, progress: EmbedProgress) -> dict[str, Any]:
-    return {**progress.details(), **vectors_details(PublishedTable(storage, published))}
+def _details(
+    config: EmbedCorpusConfig, spec: ModelSpec, table: PublishedTable, progress: EmbedProgress
+) -> dict[str, Any]:
+    counts = table.generation.counts
+    mean_tokens = counts["tokens"] // max(1, counts["passages"])
+    flops = flops_per_token(read_config(spec.path), mean_tokens)
+    compute = progress.compute(flops, config.gpu_hourly_price)
+    return {**progress.details(), "compute": compute, **vectors_details(table)}
 
 
 def _resolve(

@@ -37,6 +37,11 @@ def vectors_body(report: Report) -> Body:
         Card(name="Seconds", path="seconds.total", unit=" s"),
         Card(name="Units reused", path="units_reused"),
         Card(name="Generation", path="generation"),
+        Card(name="Tokens/s of an actor", path="details.compute.tokens_per_s_of_an_actor"),
+        Card(name="Teraflops reached", path="details.compute.teraflops"),
+        Card(name="Actor hours", path="details.compute.actor_hours"),
+        Card(name="Cost", path="details.compute.cost"),
+        Card(name="Cost per million passages", path="details.compute.cost_per_million_passages"),
     ]
     body.charts = [
         *seconds_chart(report, is_summed=True),

@@ -70,6 +70,28 @@ class EmbedProgress:
             "seconds": {**seconds, "total": round(total_s, 3)},
         }
 
+    def compute(self, flops_per_token: int, hourly_price: float | None) -> dict[str, Any]:
+        """Return what the actors did, reached and cost; None where nothing ran.
+
+        Args:
+            flops_per_token: Of a forward pass.
+            hourly_price: Of one actor's GPU, or of its machine.
+        """
+        forward_s, tokens = self._seconds["forward"], self._totals["tokens_packed"]
+        if not forward_s:
+            return {"actor_hours": 0.0, "tokens_per_s_of_an_actor": None, "teraflops": None}
+        hours = (forward_s + self._seconds["idle"]) / 3600
+        found = {
+            "actor_hours": round(hours, 4),
+            "tokens_per_s_of_an_actor": round(tokens / forward_s, 1),
+            "teraflops": round(tokens * flops_per_token / forward_s / 1e12, 4),
+        }
+        if hourly_price is None:
+            return found
+        cost = hours * hourly_price
+        per_million = cost / self.num_embedded * 1e6 if self.num_embedded else None
+        return {**found, "cost": round(cost, 4), "cost_per_million_passages": per_million}
+
     def details(self) -> dict[str, Any]:
         """Return ``throughput``: spans of ``span_s`` seconds with their speed and pack fill."""
         filled = zip(self._throughput.sums("tokens"), self._throughput.sums("room"), strict=True)
