@@ -27,3 +27,9 @@ def test_a_broken_protocol_is_caught():
     code, table = run_harness("--cases", "5", "--jobs", "embed", "--broken")
     assert code == 1
     assert int(re.search(r"(\d+) rows doubled", table)[1]) > 0
+
+
+def test_a_few_damaged_inputs_of_every_reader():
+    command = [sys.executable, "-m", "tests.faults.fuzz", "--inputs", "200", "--seed", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
