@@ -379,6 +379,7 @@ def _make_units(
         actor=EmbedActor,
         actor_arguments={"task": task, "num_threads": pool.threads_per_actor},
         write=partial(write_unit, task=task),
+        may_hang=task.server is None,
     )
     watchers = (progress, UnitMetrics("embed"))
     yield from make_units(plan, done, stages, pool, most_units=_BLOCK_UNITS, watchers=watchers)

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -48,6 +48,9 @@ class Stages:
     """From what the actor returned to what is told of the unit."""
     read_carefully: Callable[[pa.Table, Trial], pa.Table] | None = None
     """``read``, without the parts of a unit that kill their process."""
+    may_hang: bool = True
+    """A careful actor that is silent for long is ended; False where it has time limits of its
+    own."""
 
 
 def block_size(num_pending: int, most_units: int) -> int:
@@ -106,7 +109,7 @@ def _run(
     )
     if stages.actor is not None:
         dataset = dataset.map_batches(
-            _guarded(stages.actor, guard(stage="computing")),
+            _guarded(stages.actor, guard(stage="computing", silence_s=_silence_s(stages))),
             fn_constructor_kwargs=dict(stages.actor_arguments),
             compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
             num_gpus=pool.gpus_per_actor,
@@ -135,11 +138,15 @@ def _run_guarded(
     return guard.run(batch, plain, careful)
 
 
+def _silence_s(stages: Stages) -> float | None:
+    """Return for how long an actor may be silent; only careful ones say when they move."""
+    if not (stages.may_hang and stages.actor and issubclass(stages.actor, CarefulActor)):
+        return None
+    return DataContext.get_current().execution_no_progress_timeout_s / _SILENT_SHARE
+
+
 def _guarded(actor: type, guard: Guard) -> type:
     """Return a class like ``actor``, and of its name, whose calls are guarded."""
-    if issubclass(actor, CarefulActor):
-        timeout_s = DataContext.get_current().execution_no_progress_timeout_s
-        guard = replace(guard, silence_s=timeout_s / _SILENT_SHARE)
 
     class Guarded(actor):  # type: ignore[misc]  # known at run time only
         on_pack = staticmethod(guard.beat)
