@@ -323,7 +323,7 @@ def test_non_finite_vectors_reject_their_documents(tmp_path, disk_config, tiny_m
     assert summary["rejected"] == {"non_finite_vector": 1}
     assert summary["passages"] == NUM_FILES * ROWS_PER_FILE
     assert open_vectors(config.output).rejects()["doc_id"].to_pylist() == ["bad"]
-    with pytest.raises(BadInputError, match="non-finite vector for row 0"):
+    with pytest.raises(BadInputError, match=r"cannot embed row 0 of .*: non_finite_vector\."):
         embed_corpus(replace(config, output=str(tmp_path / "other"), on_bad_row="fail"))
 
 
