@@ -11,7 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from tests.http_servers import JsonHandler, serving
 
 KEY = "a-secret-key"
 
@@ -67,25 +69,19 @@ def answer_to(system: str, user: str) -> str:
     return f'Query: "{query_for(passage)}"\nand more'
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: "_Server"
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_POST(self) -> None:
+class _Handler(JsonHandler):
+    def answer(self, body: dict[str, Any]) -> None:
         state = self.server.state
         with state.lock:
             state.at_once += 1
             state.most_at_once = max(state.most_at_once, state.at_once)
         try:
-            self._respond(state)
+            self._respond(state, body)
         finally:
             with state.lock:
                 state.at_once -= 1
 
-    def _respond(self, state: ChatState) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def _respond(self, state: ChatState, body: dict[str, Any]) -> None:
         system, user = (message["content"] for message in body["messages"])
         prompt = system + user
         with state.lock:
@@ -94,13 +90,13 @@ class _Handler(BaseHTTPRequestHandler):
             state.keys.add(self.headers.get("Authorization"))
         time.sleep(state.delay_s)
         if state.is_down:
-            self._send(503, {"error": "down"})
+            self.send_json(503, {"error": "down"})
         elif "refused" in user:
-            self._send(400, {"error": "this is not allowed"})
+            self.send_json(400, {"error": "this is not allowed"})
         elif body["model"] == "unknown":
-            self._send(404, {"error": "no such model"})
+            self.send_json(404, {"error": "no such model"})
         elif "always fails" in user:
-            self._send(500, {"error": "this one breaks me"})
+            self.send_json(500, {"error": "this one breaks me"})
         elif state.misbehaves and first and self._misbehave(fate_of(prompt)):
             pass
         else:
@@ -117,9 +113,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _misbehave(self, fate: str) -> bool:
         if fate == "429":
-            self._send(429, {"error": "slow down"}, {"Retry-After": "0.05"})
+            self.send_json(429, {"error": "slow down"}, {"Retry-After": "0.05"})
         elif fate == "500":
-            self._send(500, {"error": "oops"})
+            self.send_json(500, {"error": "oops"})
         elif fate == "hang-up":
             self.connection.close()
         elif fate == "broken-json":
@@ -133,26 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _completion(self, text: str, finish_reason: str) -> None:
         message = {"role": "assistant", "content": text}
-        self._send(200, {"choices": [{"message": message, "finish_reason": finish_reason}]})
-
-    def _send(self, status: int, value: object, headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(value).encode()
-        self.server.state.statuses[status] += 1
-        self.send_response(status)
-        for name, content in (headers or {}).items():
-            self.send_header(name, content)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-    state: ChatState
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        pass  # clients that are killed, and connections closed on purpose
+        self.send_json(200, {"choices": [{"message": message, "finish_reason": finish_reason}]})
 
 
 @contextmanager
@@ -160,13 +137,6 @@ def chat_server(
     *, misbehaves: bool = True, delay_s: float = 0.0
 ) -> Iterator[tuple[str, ChatState]]:
     """Run a server in a thread; yield its endpoint and its state."""
-    server = _Server(("127.0.0.1", 0), _Handler)
-    server.state = ChatState(misbehaves=misbehaves, delay_s=delay_s)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1", server.state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    state = ChatState(misbehaves=misbehaves, delay_s=delay_s)
+    with serving(_Handler, state) as endpoint:
+        yield endpoint, state

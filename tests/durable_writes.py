@@ -20,13 +20,19 @@ COUNTER, FATAL, DRIVER = "QBATCH_TEST_COUNTER", "QBATCH_TEST_FATAL", "QBATCH_TES
 
 def install() -> None:
     """Count every durable write of this process; leases, which beat by the clock, do not count."""
+    wrap_writes(counted)
+
+
+def wrap_writes(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace every durable operation of this process's storages by what is made of it."""
     for name in METHODS:
-        setattr(Storage, name, counted(getattr(Storage, name)))
+        setattr(Storage, name, wrap(getattr(Storage, name)))
 
 
 def counted(method: Callable[..., Any]) -> Callable[..., Any]:
     def write(self: Storage, path: Any, *rest: Any) -> Any:
-        if not str(path).startswith("leases/") and count() == int(os.environ[FATAL]):
+        is_lease = str(path).startswith("leases/")
+        if not is_lease and count(os.environ[COUNTER]) == int(os.environ[FATAL]):
             os.kill(int(os.environ[DRIVER]), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         return method(self, path, *rest)
@@ -34,9 +40,9 @@ def counted(method: Callable[..., Any]) -> Callable[..., Any]:
     return write
 
 
-def count() -> int:
-    """Count one more write; return how many there were."""
-    with open(os.environ[COUNTER], "ab") as file:
+def count(counter: str) -> int:
+    """Add one to a file that all processes count in; return how many there were."""
+    with open(counter, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(b".")
         file.flush()

@@ -10,12 +10,13 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qbatch.models.embedder import EmbedderConfig
+from tests.http_servers import JsonHandler, serving
 
 TROUBLES = ("429", "500", "hang-up", "broken-json", "fine")
 
@@ -37,26 +38,20 @@ class EmbeddingState:
             return self.embedder.embed(ids, np.array([len(text) for text in texts], np.int32))
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: "_Server"
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_POST(self) -> None:
+class _Handler(JsonHandler):
+    def answer(self, body: dict[str, Any]) -> None:
         state = self.server.state
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         request = json.dumps(body["input"])
         with state.lock:
             is_first = not state.seen[request]
             state.seen[request] += 1
         trouble = TROUBLES[len(request) % len(TROUBLES)] if state.misbehaves and is_first else ""
         if self.path != "/v1/embeddings" or body["model"] == "unknown":
-            self._send(404, {"error": "no such model"})
+            self.send_json(404, {"error": "no such model"})
         elif any(state.refused in text for text in body["input"]):
-            self._send(400, {"error": "I do not take this"})
+            self.send_json(400, {"error": "I do not take this"})
         elif trouble in ("429", "500"):
-            self._send(int(trouble), {"error": "later"}, {"Retry-After": "0.02"})
+            self.send_json(int(trouble), {"error": "later"}, {"Retry-After": "0.02"})
         elif trouble == "hang-up":
             self.connection.close()
         else:
@@ -66,17 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
                 for i, vector in enumerate(vectors)
             ]
             reply = {"data": entries[::-1]}
-            self._send(200, {"data": 3} if trouble == "broken-json" else reply)
-
-    def _send(self, status: int, value: object, headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(value).encode()
-        with self.server.state.lock:
-            self.server.state.statuses[status] += 1
-        self.send_response(status)
-        for name, text in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(name, text)
-        self.end_headers()
-        self.wfile.write(data)
+            self.send_json(200, {"data": 3} if trouble == "broken-json" else reply)
 
 
 def _encoded(vector: np.ndarray, encoding: str) -> str | list[float]:
@@ -85,23 +70,11 @@ def _encoded(vector: np.ndarray, encoding: str) -> str | list[float]:
     return vector.tolist()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    state: EmbeddingState
-
-
 @contextmanager
 def embedding_server(
     model: str, *, misbehaves: bool = True, refused: int | None = None, dtype: str = "float32"
 ) -> Iterator[tuple[str, EmbeddingState]]:
     """Run a server on 127.0.0.1; yield its endpoint and what it knows."""
-    server = _Server(("127.0.0.1", 0), _Handler)
-    server.state = EmbeddingState(model, misbehaves=misbehaves, refused=refused, dtype=dtype)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", server.state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    state = EmbeddingState(model, misbehaves=misbehaves, refused=refused, dtype=dtype)
+    with serving(_Handler, state) as endpoint:
+        yield endpoint, state

@@ -78,8 +78,12 @@ def _body(request: ChatRequest) -> dict[str, Any]:
 
 def _reply(data: bytes) -> ChatReply:
     """Read a completion; ValueError for anything else."""
-    choice = field_of(data, "a chat completion", lambda reply: reply["choices"][0])
-    text = field_of(data, "a chat completion", lambda _: choice["message"]["content"])
+    choice, text = field_of(data, "a chat completion", _choice_and_text)
     if not isinstance(text, str):
         raise ValueError(f"a completion without text: {choice!r}")
     return ChatReply(text=text, is_cut=choice.get("finish_reason") == "length")
+
+
+def _choice_and_text(reply: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401 - as it was sent
+    choice = reply["choices"][0]
+    return choice, choice["message"]["content"]

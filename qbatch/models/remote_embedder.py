@@ -5,16 +5,16 @@ tokens and truncation are ours and exact. Imports no torch.
 """
 
 import base64
-import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from qbatch.errors import ConfigError, StalledError
 from qbatch.models.embed_stats import EmbedStats
 from qbatch.models.packing import distinct_texts, plan_packs
-from qbatch.models.server import Server, ServerConfig
+from qbatch.models.server import Server, ServerConfig, field_of
 
 _TOKENS_PER_REQUEST = 8_192
 _TEXTS_PER_REQUEST = 64
@@ -80,10 +80,7 @@ class RemoteEmbedder:
             on_pack()
             return _vectors(data)
 
-        bodies = [
-            {"input": [texts[row] for row in rows], "encoding_format": "base64"}
-            for rows in requests
-        ]
+        bodies = [_body([texts[row] for row in rows]) for rows in requests]
         found = []
         for rows, answer in zip(requests, self._server.ask(bodies, read), strict=True):
             if answer.value is None:
@@ -105,7 +102,7 @@ class RemoteEmbedder:
         read: Callable[[bytes], np.ndarray],
     ) -> np.ndarray:
         """Ask for the texts of a refused request alone: one of them is at fault."""
-        bodies = [{"input": [texts[row]], "encoding_format": "base64"} for row in rows]
+        bodies = [_body([texts[row]]) for row in rows]
         answers = self._server.ask(bodies, read) if len(rows) > 1 else []
         if answers and all(answer.value is None for answer in answers):
             raise ConfigError(
@@ -138,13 +135,22 @@ class RemoteEmbedder:
         self.stats.embed_s += seconds
 
 
+def _body(texts: list[list[int]]) -> dict[str, Any]:
+    return {"input": texts, "encoding_format": "base64"}
+
+
 def _vectors(data: bytes) -> np.ndarray:
     """Read a reply in the order of its texts; ValueError for anything that is none."""
-    try:
-        entries = sorted(json.loads(data)["data"], key=lambda entry: entry["index"])
-        return np.stack([_vector(entry["embedding"]) for entry in entries])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not a list of embeddings: {data[:300]!r}") from error
+    return field_of(
+        data,
+        "a list of embeddings",
+        lambda reply: np.stack(
+            [
+                _vector(entry["embedding"])
+                for entry in sorted(reply["data"], key=lambda entry: entry["index"])
+            ]
+        ),
+    )
 
 
 def _vector(embedding: str | list[float]) -> np.ndarray:

@@ -71,7 +71,7 @@ def roofline(config: RooflineConfig) -> dict[str, Any]:
         raise ConfigError(f"gpu is {config.gpu!r}; give one of {', '.join(GPUS)}")
     spec = load_spec(resolve_model(config.model, config.revision))
     shape = read_config(spec.path)
-    weights = layer_weights(shape) * shape.num_hidden_layers
+    weights = _weights_in_layers(shape)
     flops = flops_per_token(shape, config.tokens_per_text)
     passes = _ACTIVATION_PASSES * shape.num_hidden_layers * shape.hidden_size
     traffic = _BYTES * (weights / config.token_budget + passes)
@@ -104,16 +104,18 @@ def flops_per_token(shape: PreTrainedConfig, tokens_per_text: int) -> int:
         shape: Of the model.
         tokens_per_text: Mean length, on which attention depends.
     """
-    weights = layer_weights(shape) * int(shape.num_hidden_layers)
-    return 2 * weights + attention_flops(shape, tokens_per_text)
+    return 2 * _weights_in_layers(shape) + attention_flops(shape, tokens_per_text)
+
+
+def _weights_in_layers(shape: PreTrainedConfig) -> int:
+    return layer_weights(shape) * int(shape.num_hidden_layers)
 
 
 def layer_weights(shape: PreTrainedConfig) -> int:
     """Return the weights of one layer's matrix products, of a transformers config."""
     heads = shape.num_attention_heads
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     kv_heads = getattr(shape, "num_key_value_heads", None) or heads
-    attention = shape.hidden_size * head_dim * (2 * heads + 2 * kv_heads)
+    attention = shape.hidden_size * _head_dim(shape) * (2 * heads + 2 * kv_heads)
     # Gated MLPs (SwiGLU) have three matrices, plain ones two.
     num_matrices = 3 if getattr(shape, "hidden_act", "") == "silu" else 2
     mlp: int = num_matrices * shape.hidden_size * shape.intermediate_size
@@ -122,8 +124,12 @@ def layer_weights(shape: PreTrainedConfig) -> int:
 
 def attention_flops(shape: PreTrainedConfig, tokens_per_text: int) -> int:
     """Return what scores and weighted sums of all layers cost a token, half where it is causal."""
-    heads = shape.num_attention_heads
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     is_causal = shape.model_type == "qwen3"
-    cost = 4 * heads * head_dim * tokens_per_text * shape.num_hidden_layers
+    width = shape.num_attention_heads * _head_dim(shape)
+    cost = 4 * width * tokens_per_text * shape.num_hidden_layers
     return int(cost // 2 if is_causal else cost)
+
+
+def _head_dim(shape: PreTrainedConfig) -> int:
+    given = getattr(shape, "head_dim", None)
+    return int(given or shape.hidden_size // shape.num_attention_heads)

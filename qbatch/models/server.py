@@ -7,7 +7,6 @@ environment of the process that asks and goes nowhere else. Imports no torch.
 import email.utils
 import http.client
 import json
-import logging
 import os
 import random
 import time
@@ -21,8 +20,6 @@ from typing import Any, Generic, TypeVar
 from qbatch.errors import ConfigError, StalledError
 
 T = TypeVar("T")
-
-log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "QBATCH_API_KEY"
 

@@ -66,11 +66,7 @@ class EmbedActor(CarefulActor):
         passages = unit_table(batch, "passages")
         killers = find_killers(passages)
         before = replace(self._embedder.stats)
-        left = np.setdiff1d(np.arange(len(passages)), killers)
-        vectors = np.full((len(passages), self._embedder.dim), np.nan, np.float32)
-        vectors[left] = embed_passages(
-            self._embedder, passages.take(pa.array(left)) if killers else passages, self.on_pack
-        )
+        vectors = self._embed_without(killers, passages)
         stats = json.loads(batch["stats"][0].as_py())
         stats |= _pack_stats(before, self._embedder)
         stats["killers"] = killers
@@ -84,6 +80,15 @@ class EmbedActor(CarefulActor):
             **{name: unit_table(batch, name) for name in ("rejects", "reused", "places")},
             vectors=pa.table({"vector": vector_array(vectors)}),
         )
+
+    def _embed_without(self, killers: list[int], passages: pa.Table) -> np.ndarray:
+        if not killers:
+            return embed_passages(self._embedder, passages, self.on_pack)
+        left = np.setdiff1d(np.arange(len(passages)), killers)
+        vectors = np.full((len(passages), self._embedder.dim), np.nan, np.float32)
+        some = passages.take(pa.array(left))
+        vectors[left] = embed_passages(self._embedder, some, self.on_pack)
+        return vectors
 
 
 def embed_passages(

@@ -109,7 +109,9 @@ class RerankActor(CarefulActor):
         self, bounds: np.ndarray, tokens: Tokens, killers: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the pairs that come through all stages, their keys, and those without a number."""
-        kept = [np.setdiff1d(np.arange(*pair), killers) - pair[0] for pair in pairwise(bounds)]
+        is_alive = np.ones(bounds[-1], bool)
+        is_alive[np.array(killers, np.int64)] = False
+        kept = [np.flatnonzero(is_alive[slice(*pair)]) for pair in pairwise(bounds)]
         keys: list[np.ndarray] = []
         lost = [np.empty(0, np.int64)]
         for stage, reranker in zip(self._stages, self._rerankers, strict=True):

@@ -15,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 
 from qbatch.corpus.config import CorpusConfig
@@ -25,6 +24,7 @@ from qbatch.manifest import Generation, latest_generation, publish
 from qbatch.pipelines.embed_resume import Plan
 from qbatch.schema import FILES
 from qbatch.storage import Storage
+from tests.benchmarks.watching import peak_bytes
 
 _FILES_PER_FOLDER = 1000
 _UNIT_BYTES = 16 * 2**10
@@ -53,14 +53,8 @@ def measure_plan(folder: Path) -> dict[str, float]:
     return {
         "units": len(plan),
         "plan_s": round(time.perf_counter() - started, 1),
-        "plan_peak_mib": round(_peak_bytes() / 2**20),
+        "plan_peak_mib": round(peak_bytes() / 2**20),
     }
-
-
-def _peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(kib) * 1024
 
 
 def measure_publish(folder: Path, num_files: int) -> dict[str, float]:
@@ -85,7 +79,6 @@ def measure_publish(folder: Path, num_files: int) -> dict[str, float]:
     return {
         "publish_s": round(published - started, 2),
         "read_back_s": round(done - published, 2),
-        "peak_mib": round(psutil.Process().memory_info().rss / 2**20),
     }
 
 

@@ -60,11 +60,14 @@ class Watch:
             self._titles[pid] = title
             (process / "clear_refs").write_text("5")
             return
-        status = (process / "status").read_text()
-        peak = next(
-            (line for line in status.splitlines() if line.startswith("VmHWM")), "VmHWM 0 kB"
-        )
-        self.peak_bytes[title] = max(self.peak_bytes[title], int(peak.split()[1]) * 1024)
+        self.peak_bytes[title] = max(self.peak_bytes[title], peak_bytes(process))
+
+
+def peak_bytes(process: Path = Path("/proc/self")) -> int:
+    """Return the most memory a process has had, 0 where the kernel does not say any more."""
+    status = (process / "status").read_text()
+    peak = next((line for line in status.splitlines() if line.startswith("VmHWM")), "VmHWM 0 kB")
+    return int(peak.split()[1]) * 1024
 
 
 def descendants(pid: int) -> Iterator[int]:

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import pyarrow as pa
 import pytest
 
-from qbatch import schema
 from qbatch.corpus.config import CorpusConfig
-from qbatch.corpus.reading import UnitRows, read_unit
-from qbatch.corpus.reasons import FILE_REASONS
+from qbatch.corpus.reading import read_unit
 from qbatch.corpus.units import Unit, plan_units
+from tests.unit_rows import check_invariants
 
 # Time limits of single examples say more about the load of the machine than about the code.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -54,19 +52,3 @@ def read_corpus() -> Callable[..., Corpus]:
         return corpus
 
     return read
-
-
-def check_invariants(rows: UnitRows, config: CorpusConfig) -> None:
-    """What must hold of every unit, whatever it was read from."""
-    rows.documents.validate(full=True)
-    rows.rejects.validate(full=True)
-    assert rows.rejects.schema == schema.REJECTS
-    assert rows.documents.schema.names == [*schema.DOCUMENTS.names, *config.keep_columns]
-    assert pa.schema(list(rows.documents.schema)[: len(schema.DOCUMENTS)]) == schema.DOCUMENTS
-    rejected = {k.removeprefix("rejected:"): v for k, v in rows.counts.items() if "rejected" in k}
-    num_bad_rows = sum(v for reason, v in rejected.items() if reason not in FILE_REASONS)
-    assert rows.rows_in == rows.documents.num_rows + num_bad_rows
-    if config.on_bad_row == "quarantine":
-        assert Counter(rows.rejects["reason"].to_pylist()) == rejected
-        has_row = [row is not None for row in rows.rejects["row"].to_pylist()]
-        assert has_row == [r not in FILE_REASONS for r in rows.rejects["reason"].to_pylist()]

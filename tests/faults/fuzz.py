@@ -29,11 +29,11 @@ import zstandard
 
 from qbatch.corpus.config import CorpusConfig
 from qbatch.corpus.reading import read_unit
-from qbatch.corpus.reasons import num_row_rejects
 from qbatch.corpus.units import plan_units
 from qbatch.errors import QbatchError
 from qbatch.manifest import latest_generation
 from qbatch.storage import Storage
+from tests.unit_rows import check_invariants
 
 _INPUTS_PER_PROCESS = 250
 _HANGS_S = 60
@@ -143,13 +143,10 @@ def read_corpus(path: Path, settings: dict[str, object]) -> str:
     outcome = "read"
     for unit in plan_units(config):
         rows = read_unit(unit, config)
-        rejected = Counter(rows.rejects["reason"].to_pylist())
-        counted = {k.removeprefix("rejected:"): v for k, v in rows.counts.items() if ":" in k}
-        if rows.rows_in != len(rows.documents) + num_row_rejects(rejected) or rejected != counted:
-            raise AssertionError(f"{rows.rows_in} rows in, {len(rows.documents)} out, {rejected}")
+        check_invariants(rows, config)
         for text in rows.documents["text"].to_pylist():
             text.encode()
-        if rejected:
+        if len(rows.rejects):
             outcome = "rejects"
     return outcome
 

@@ -4,7 +4,6 @@
 a file: ``{"kind": a name of KINDS, "at": which durable operation, 0 for none}``.
 """
 
-import fcntl
 import json
 import os
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 from qbatch.errors import StorageError
 from qbatch.storage import Storage
-from tests.durable_writes import METHODS, Killed
+from tests.durable_writes import Killed, count, wrap_writes
 
 PLAN, DRIVER = "QBATCH_TEST_FAULT_PLAN", "QBATCH_TEST_FAULT_DRIVER"
 
@@ -25,33 +24,28 @@ it takes half a second."""
 
 def install() -> None:
     """Let the planned operation of this process's storages fail."""
-    for name in METHODS:
-        setattr(Storage, name, _faulty(getattr(Storage, name)))
+    wrap_writes(_faulty)
 
 
 def set_plan(kind: str, at: int) -> None:
     """Plan the next fault, and count operations from here."""
     Path(os.environ[PLAN]).write_text(json.dumps({"kind": kind, "at": at}))
-    Path(f"{os.environ[PLAN]}.count").write_bytes(b"")
+    Path(_counter()).write_bytes(b"")
 
 
 def num_operations() -> int:
     """Return how many durable operations there were since the plan was set."""
-    return Path(f"{os.environ[PLAN]}.count").stat().st_size
+    return Path(_counter()).stat().st_size
 
 
-def _count() -> int:
-    with open(f"{os.environ[PLAN]}.count", "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(b".")
-        file.flush()
-        return os.stat(file.fileno()).st_size
+def _counter() -> str:
+    return f"{os.environ[PLAN]}.count"
 
 
 def _faulty(method: Callable[..., Any]) -> Callable[..., Any]:
     def operate(self: Storage, path: Any, *rest: Any) -> Any:
         plan = json.loads(Path(os.environ[PLAN]).read_text())
-        if _count() != plan["at"]:
+        if count(_counter()) != plan["at"]:
             return method(self, path, *rest)
         kind = plan["kind"]
         if kind == "late":
