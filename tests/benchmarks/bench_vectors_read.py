@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qbatch.schema import vector_matrix
 from qbatch.tables import open_vectors
 from tests.benchmarks.bench_embed_engine import describe_machine, seconds
 from tests.benchmarks.table import Row
@@ -75,8 +74,7 @@ def write_plain(path: str, vectors: np.ndarray, ids: list[str]) -> None:
 
 
 def read_table(folder: str) -> np.ndarray:
-    tables = open_vectors(f"{folder}/table").iter_tables(["vector"])
-    return np.concatenate([vector_matrix(table["vector"]) for table in tables])
+    return open_vectors(f"{folder}/table").to_matrix()
 
 
 def read_plain(folder: str) -> np.ndarray:

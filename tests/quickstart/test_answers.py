@@ -9,7 +9,7 @@ import pytest
 from qbatch.errors import NoInputError
 from qbatch.manifest import Generation, publish
 from qbatch.pipelines.unit_files import write_unit_file
-from qbatch.quickstart import answers
+from qbatch.quickstart import bundled
 from qbatch.quickstart.answers import Hit, format_answers, read_answers
 from qbatch.schema import FILES, RUN
 from qbatch.storage import Storage
@@ -75,8 +75,8 @@ def test_answers_stand_side_by_side_and_fit_the_terminal():
 
 
 def test_judgements_name_bundled_questions_and_documents():
-    queries = [json.loads(line)["query_id"] for line in answers.QUERIES.open()]
-    documents = {json.loads(line)["doc_id"] for line in answers.CORPUS.open()}
-    qrels = list(csv.DictReader(answers.QUERIES.with_name("qrels.tsv").open(), delimiter="\t"))
+    queries = [json.loads(line)["query_id"] for line in bundled.QUERIES.open()]
+    documents = {json.loads(line)["doc_id"] for line in bundled.CORPUS.open()}
+    qrels = list(csv.DictReader(bundled.QUERIES.with_name("qrels.tsv").open(), delimiter="\t"))
     assert sorted({row["query-id"] for row in qrels}) == sorted(queries)
     assert {row["corpus-id"] for row in qrels} <= documents

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from qbatch.errors import StorageError
-from qbatch.quickstart import answers, assets
+from qbatch.quickstart import assets, bundled, debian, fetching
 
 FILES = {"config.json": b"{}", "1_Pooling/config.json": b"[]"}
 
@@ -85,12 +85,12 @@ def test_two_fetches_at_once_share_one_result():
 
 def test_a_missing_program_is_named(tmp_path):
     with pytest.raises(StorageError, match="'no-such-program' is not installed"):
-        assets._run(["no-such-program"], tmp_path)
+        fetching.run(["no-such-program"], tmp_path)
 
 
 def test_a_failing_program_is_quoted(tmp_path):
     with pytest.raises(StorageError, match=r"'cat nothing' ended with 1 .* No such file"):
-        assets._run(["cat", "nothing"], tmp_path)
+        fetching.run(["cat", "nothing"], tmp_path)
 
 
 def test_descriptions_are_read_with_their_paragraphs(tmp_path):
@@ -100,9 +100,10 @@ def test_descriptions_are_read_with_their_paragraphs(tmp_path):
         " .\n Gern.\n\nPackage: broken\nDescription-md5: cd34\n\n",
         encoding="utf-8",
     )
-    assert list(assets._read_descriptions(path)) == [
+    assert list(debian._read_descriptions(path)) == [
         {
             "id": "cat:ab12:de",
+            "package": "cat",
             "synopsis": "Eine Katze",
             "body": "Sie schläft.\n\nGern.",
             "lang": "de",
@@ -110,14 +111,38 @@ def test_descriptions_are_read_with_their_paragraphs(tmp_path):
     ]
 
 
+def test_sources_are_read_from_the_lists_of_packages(tmp_path):
+    stanzas = "Package: libcat1\nSource: cat (1.2-3)\n\nPackage: dog\nVersion: 1\n"
+    (tmp_path / "x_binary-amd64_Packages").write_text(stanzas, encoding="utf-8")
+    assert debian._read_sources(tmp_path) == {"libcat1": "cat", "dog": "dog"}
+
+
+def test_meanings_are_read_with_examples_and_parents(tmp_path):
+    (tmp_path / "data.noun").write_text(
+        "  1 This software and database is being provided to you\n"
+        "02121620 05 n 02 cat 0 true_cat 0 002 @ 02120997 n 0000 ~ 02122298 n 0000 | "
+        'feline mammal; not barking; "a cat purrs"; "cats sleep"  \n',
+        encoding="utf-8",
+    )
+    assert list(debian._read_meanings(tmp_path / "data.noun")) == [
+        {
+            "id": "n02121620",
+            "words": ["cat", "true cat"],
+            "definition": "feline mammal; not barking",
+            "examples": ["a cat purrs", "cats sleep"],
+            "parents": ["n02120997"],
+        }
+    ]
+
+
 def test_bundled_corpus_and_queries_are_complete():
-    lines = answers.CORPUS.read_text(encoding="utf-8").splitlines()
+    lines = bundled.CORPUS.read_text(encoding="utf-8").splitlines()
     documents = [json.loads(line) for line in lines]
-    assert answers.CORPUS.stat().st_size < 700_000
+    assert bundled.CORPUS.stat().st_size < 700_000
     assert len({d["doc_id"] for d in documents}) == len(documents) > 500
     assert all(d.keys() == {"doc_id", "title", "text", "source"} for d in documents)
     assert all(d["title"].strip() and d["text"].strip() for d in documents)
     assert {d["source"] for d in documents} == {"Jargon File 4.4.7", "WordNet 3.0"}
-    queries = [json.loads(line) for line in answers.QUERIES.read_text("utf-8").splitlines()]
+    queries = [json.loads(line) for line in bundled.QUERIES.read_text("utf-8").splitlines()]
     assert all(q.keys() == {"query_id", "text"} for q in queries)
     assert not {q["text"] for q in queries} & {d["title"] for d in documents}

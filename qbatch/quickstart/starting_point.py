@@ -1,0 +1,98 @@
+"""What the bundled models start from: a small Qwen3 and a tokenizer of their own."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+
+from qbatch.models.prompts import qwen3_query_prompt
+from qbatch.models.rerank_prompts import JUDGE_END, JUDGE_START, NO, YES, judge_opening
+from qbatch.models.tokenization import QWEN3_END
+
+VOCABULARY = 16_384
+
+INSTRUCTION = "Find what is meant"
+"""Task sentence of the bundled models; few tokens, since every query begins with it."""
+
+_SPECIAL = (QWEN3_END, "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+
+_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""Qwen's pattern without English contractions."""
+
+CONFIG = {
+    "architectures": ["Qwen3Model"],
+    "model_type": "qwen3",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "max_window_layers": 4,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    "initializer_range": 0.06,
+    "attention_dropout": 0.0,
+    "attention_bias": False,
+    "use_cache": True,
+    "dtype": "float32",
+}
+
+
+def write_start(folder: Path, texts: Iterable[str]) -> None:
+    """Write config.json and a byte-level BPE tokenizer trained on texts; case is folded."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", "utf-8")
+    make_tokenizer(texts).save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": CONFIG["max_position_embeddings"],
+        "pad_token": QWEN3_END,
+        "eos_token": "<|im_end|>",
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+
+def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """Return a tokenizer of ``VOCABULARY`` ids that has the prompts' words as single tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(mark, special=True, normalized=False) for mark in _SPECIAL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        max_token_length=24,
+    )
+    tokenizer.train_from_iterator(_with_prompts(texts), trainer)
+    return tokenizer
+
+
+def _with_prompts(texts: Iterable[str]) -> Iterable[str]:
+    """Yield the texts, and so often the prompts that their words become tokens."""
+    prompts = (JUDGE_START, judge_opening(), JUDGE_END, qwen3_query_prompt(INSTRUCTION))
+    yield from prompts * 200
+    yield from (YES, NO) * 200
+    yield from texts
