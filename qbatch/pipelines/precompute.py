@@ -334,16 +334,17 @@ def _reranked(config: PrecomputeConfig, candidates: PublishedTable) -> Published
     """Return the candidates in the reranker's order, when there is one."""
     if config.reranker is None:
         return candidates
-    reranking = reranking_config(config, candidates.storage.uri)
+    reranking = reranking_config(config, candidates)
     reranked = rerank_candidates(reranking)
     return open_table(reranking.output, reranked["generation"])
 
 
-def reranking_config(config: PrecomputeConfig, run: str) -> RerankCandidatesConfig:
+def reranking_config(config: PrecomputeConfig, run: PublishedTable) -> RerankCandidatesConfig:
     """Return the reranking of a run; in items the text of the document that asks is the query."""
     are_items = config.mode == "items"
     return RerankCandidatesConfig(
-        run=run,
+        run=run.storage.uri,
+        run_generation=run.generation.number,
         queries=config.corpus if are_items else config.queries,
         corpus=config.corpus,
         output=f"{config.output.rstrip('/')}/reranked",

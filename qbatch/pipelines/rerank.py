@@ -76,6 +76,8 @@ class RerankCandidatesConfig:
     run: str | None = None
     """Published run, or a file or directory of files (TREC, Parquet, JSON lines); needs --queries
     and --corpus."""
+    run_generation: int | None = None
+    """Generation of a published run; None is the newest."""
     candidates: str | None = None
     """Parquet or JSON lines with texts, a pair a row or lists of documents; instead of --run."""
     queries: str | None = None
@@ -189,7 +191,7 @@ class RerankCandidatesConfig:
     def join_plan(self) -> JoinPlan:
         """Look at the inputs; return what is to be joined."""
         if self.run is not None and self.queries is not None and self.corpus is not None:
-            source = run_source(self.run, self.columns())
+            source = run_source(self.run, self.columns(), self.run_generation)
             queries = CorpusConfig(
                 input=self.queries,
                 format=self.queries_format,

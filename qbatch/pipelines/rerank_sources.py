@@ -24,12 +24,12 @@ from qbatch.corpus.spans import Unit
 from qbatch.corpus.units import plan_units
 from qbatch.errors import BadInputError, NoInputError, SourceChangedError
 from qbatch.evaluation.reading import read_run
-from qbatch.manifest import latest_generation
+from qbatch.manifest import latest_generation, load_generation
 from qbatch.pipelines.rerank_lists import NestedColumns, flatten_lists
 from qbatch.pipelines.rerank_pairs import PAIRS, numbers, pair_rejects
 from qbatch.schema import REJECTS, RUN
 from qbatch.storage import Storage, object_info
-from qbatch.tables import open_table
+from qbatch.tables import PublishedTable, open_table
 
 _ROW_BYTES = 24
 """Of a published run, for planning: ids compress well, scores do not."""
@@ -44,6 +44,8 @@ class CandidateSource:
     """How long rows and nested lists are read; of a run, ``input`` is its URI."""
     columns: NestedColumns
     query_column: str
+    generation: int | None = None
+    """Of a published run; None is the newest."""
 
     @property
     def has_texts(self) -> bool:
@@ -60,7 +62,7 @@ class CandidateSource:
             for unit in plan_units(self.corpus):
                 yield unit.to_json(), _unit_bytes(unit, self.corpus.unit_bytes)
             return
-        yield from _run_parts(self.corpus.input)
+        yield from _run_parts(self.corpus.input, self.generation)
 
 
 def candidate_source(
@@ -99,10 +101,14 @@ def replace_stop(unit: Unit) -> Unit:
     return Unit(unit.spans[:1])
 
 
-def run_source(uri: str, columns: NestedColumns) -> CandidateSource:
-    """Return the source that a run is."""
+def run_source(uri: str, columns: NestedColumns, generation: int | None = None) -> CandidateSource:
+    """Return the source that a run is; only a published one has generations."""
     return CandidateSource(
-        kind="run", corpus=CorpusConfig(input=uri), columns=columns, query_column=""
+        kind="run",
+        corpus=CorpusConfig(input=uri),
+        columns=columns,
+        query_column="",
+        generation=generation,
     )
 
 
@@ -115,11 +121,11 @@ def _unit_bytes(unit: Unit, unit_bytes: int) -> int:
     )
 
 
-def _run_parts(uri: str) -> Iterator[tuple[str, int]]:
+def _run_parts(uri: str, number: int | None) -> Iterator[tuple[str, int]]:
     storage = Storage(uri)
-    generation = latest_generation(storage)
+    generation = latest_generation(storage) if number is None else load_generation(storage, number)
     if generation is not None:
-        if not {"query_id", "doc_id"} <= _published_columns(uri):
+        if not {"query_id", "doc_id"} <= _columns_of(PublishedTable(storage, generation)):
             raise BadInputError(
                 f"{uri} holds {generation.kind}, not a run: it has no query_id and doc_id; give "
                 "the --output of search_index.py"
@@ -145,8 +151,8 @@ def _run_parts(uri: str) -> Iterator[tuple[str, int]]:
     yield json.dumps({"uri": info.uri, "version": info.version}), info.size
 
 
-def _published_columns(uri: str) -> set[str]:
-    first = next(open_table(uri).iter_tables(), None)
+def _columns_of(table: PublishedTable) -> set[str]:
+    first = next(table.iter_tables(), None)
     return set(RUN.names) if first is None else set(first.column_names)
 
 

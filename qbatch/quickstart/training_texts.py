@@ -41,6 +41,9 @@ _CUT_CHARACTERS = 400
 _LANGUAGES = {"de": 20_000, "fr": 8000, "it": 8000, "es": 8000, "ja": 4000, "ru": 4000}
 """Most translated descriptions of each language."""
 
+_NUM_MEANINGS = 30_000
+"""Of WordNet's, drawn at random: more would outweigh the descriptions."""
+
 _NUM_DOCUMENTS, _NUM_QUERIES = 1500, 300
 
 
@@ -210,7 +213,9 @@ def write_all(output: Path, *, seed: int = 0) -> dict[str, int]:
         "retrieval/descriptions": list(description_pairs(trained)),
         "retrieval/translations": list(translation_pairs(trained, rng)),
         "words/synopses": list(synopsis_pairs(trained, rng)),
-        "words/wordnet": list(wordnet_pairs(meanings, bundled_definitions(), rng)),
+        "words/wordnet": list(
+            wordnet_pairs(rng.sample(meanings, _NUM_MEANINGS), bundled_definitions(), rng)
+        ),
     }
     (output / "corpus").mkdir(parents=True)
     documents = {pair.doc_id: pair.document for pair in tables["retrieval/descriptions"]}

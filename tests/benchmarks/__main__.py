@@ -39,7 +39,10 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "peers": lambda: bench_embed_peers.main([]),
     "job": lambda: bench_embed_job.main([]),
     "read": lambda: bench_vectors_read.main([]),
-    "index": lambda: bench_index.main(["--pairs", "3", "--train-pairs", "3"]),
+    "index": lambda: bench_index.main(["--pairs", "3", "--no-autofaiss"]),
+    "autofaiss": lambda: bench_index.main(
+        ["--rows", "200000", "--queries", "5000", "--factory", "IVF2048,SQ8", "--shards", "4"]
+    ),
 }
 
 

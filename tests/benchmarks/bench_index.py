@@ -72,7 +72,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         found |= {"searches": searches, "autofaiss": peer, "recalls": recalls}
         options.json.write_text(json.dumps(found, indent=1))
     rows = [build_row(builds, idle, options)] if options.train_pairs else []
-    return [*rows, search_row(searches, options)]
+    rows.append(search_row(searches, options))
+    return rows if peer is None else [*rows, *peer_rows(builds[0]["job"], searches, peer, options)]
 
 
 def build_row(builds: list[dict], idle: dict, options: argparse.Namespace) -> Row:
@@ -86,6 +87,36 @@ def build_row(builds: list[dict], idle: dict, options: argparse.Namespace) -> Ro
         unit="vectors/CPU s",
         goal=0.95,
     )
+
+
+def peer_rows(
+    build: dict, searches: list[dict], peer: dict, options: argparse.Namespace
+) -> list[Row]:
+    """Return the rows of autofaiss: reading and building, then searching at its own settings."""
+    if "failed" in peer:
+        return []
+    size = f"{options.rows:,} x {options.dim}"
+    ours = options.queries / statistics.median(
+        pair["job"]["summary"]["seconds"]["searching"] for pair in searches
+    )
+    build_row = Row.of_turns(
+        [(build["seconds"]["job"] + startup_s(build), peer["build_s"])],
+        options.rows,
+        case=f"building {options.factory} of {size}, start of Ray included",
+        against="autofaiss",
+        unit="vectors/s",
+        goal=1.0,
+    )
+    search = Row(
+        case=f"searching {size}, each at the effort it chose",
+        against="autofaiss",
+        unit="queries/s",
+        ours=ours,
+        theirs=peer["queries_per_s"],
+        ratios=(ours / peer["queries_per_s"],),
+        goal=1.0,
+    )
+    return [build_row, search]
 
 
 def search_row(searches: list[dict], options: argparse.Namespace) -> Row:

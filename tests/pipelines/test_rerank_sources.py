@@ -15,6 +15,7 @@ from qbatch.pipelines.rerank_sources import (
     read_pairs,
     run_source,
 )
+from qbatch.schema import RUN
 from tests.candidate_tables import (
     long_rows,
     make_candidates,
@@ -24,6 +25,7 @@ from tests.candidate_tables import (
     write_parquet,
     write_run,
 )
+from tests.published_tables import publish_tables
 
 MADE = make_candidates(num_queries=6, num_candidates=5, num_documents=20)
 COLUMNS = NestedColumns(
@@ -94,6 +96,16 @@ def test_a_run_names_its_rows_and_has_no_texts(tmp_path):
     }
     assert {(p["query"], p["text"]) for p in pairs} == {(None, None)}
     assert len({(p["object_uri"], p["row"]) for p in pairs}) == len(pairs)
+
+
+def test_a_published_run_is_read_at_the_generation_asked_for(tmp_path):
+    for number, doc_id in enumerate(["old", "new"]):
+        row = {"query_id": "q", "doc_id": doc_id, "passage_id": "p", "rank": 1, "score": 0.5}
+        table = pa.Table.from_pylist([row], schema=RUN)
+        publish_tables(str(tmp_path), [table], after=number)
+    for generation, doc_id in {None: "new", 1: "old", 2: "new"}.items():
+        pairs, _ = read(run_source(str(tmp_path), COLUMNS, generation))
+        assert [pair["doc_id"] for pair in pairs] == [doc_id]
 
 
 def test_a_run_that_changed_after_planning_is_refused(tmp_path):

@@ -2,30 +2,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from qbatch.manifest import Generation, publish
-from qbatch.pipelines.unit_files import write_rejects, write_table_file
 from qbatch.report.embedding import vectors_details
 from qbatch.report.ranking import reranked_details, run_details, side_by_side
 from qbatch.report.samples import bins, clip, percentiles_by_rank, sample_rejects, sample_rows
-from qbatch.schema import FILES, REJECTS, RERANKED, RUN
-from qbatch.storage import Storage
-from qbatch.tables import PublishedTable
-
-
-def published(uri, tables, rejects=()):
-    """Publish tables, a file each, and reject files."""
-    storage = Storage(uri)
-    files = [write_table_file(storage, f"data/{i:032x}", table) for i, table in enumerate(tables)]
-    refused = [write_rejects(storage, f"{i:032x}", table) for i, table in enumerate(rejects)]
-    draft = Generation(
-        kind="run",
-        fingerprint={},
-        config={},
-        counts={},
-        files=pa.Table.from_pylist(files, schema=FILES),
-        rejects=pa.Table.from_pylist(refused, schema=FILES),
-    )
-    return PublishedTable(storage, publish(storage, draft, after=0))
+from qbatch.schema import REJECTS, RERANKED, RUN
+from tests.published_tables import publish_tables
 
 
 def reject(row, reason, raw):
@@ -36,7 +17,9 @@ def reject(row, reason, raw):
 
 
 def test_samples_come_from_files_all_over_the_table(store_uri):
-    table = published(store_uri, [pa.table({"num_tokens": [i, i], "x": [0, 0]}) for i in range(15)])
+    table = publish_tables(
+        store_uri, [pa.table({"num_tokens": [i, i], "x": [0, 0]}) for i in range(15)]
+    )
     rows = sample_rows(table, ["num_tokens"])
     assert rows.column_names == ["num_tokens"]
     assert rows["num_tokens"].to_pylist() == np.repeat(np.arange(0, 15, 2), 2).tolist()
@@ -49,14 +32,14 @@ def test_details_of_vectors_count_tokens_and_show_rejects(store_uri):
         schema=REJECTS,
     )
     tokens = pa.table({"num_tokens": pa.array([3, 3, 7, 500], pa.int32())})
-    details = vectors_details(published(store_uri, [tokens], [rejects]))
+    details = vectors_details(publish_tables(store_uri, [tokens], [rejects]))
     assert sum(details["passage_tokens"]["counts"]) == 4
     assert details["passage_tokens"]["counts"][0] == 3
     shown = details["rejected_samples"]
     assert [row["reason"] for row in shown] == ["bad_json"] * 3 + ["corrupt_file"]
     assert shown[0]["raw"] == "\ufffd{\ufffd\ufffd<b>"
     assert shown[0]["object_uri"] == "s3://***@bucket/a.jsonl"
-    assert sample_rejects(published(f"{store_uri}/none", [tokens])) == []
+    assert sample_rejects(publish_tables(f"{store_uri}/none", [tokens])) == []
 
 
 def run_rows(num_queries, depth):
@@ -70,7 +53,7 @@ def run_rows(num_queries, depth):
 
 def test_details_of_a_run(store_uri):
     table = pa.Table.from_pylist(run_rows(25, 8), schema=RUN)
-    details = run_details(published(store_uri, [table]))
+    details = run_details(publish_tables(store_uri, [table]))
     assert sum(details["best_scores"]["counts"]) == 25
     assert [point["rank"] for point in details["score_by_rank"]] == list(range(1, 9))
     assert details["score_by_rank"][2]["p50"] == pytest.approx(0.7)
@@ -90,7 +73,9 @@ def reranked_rows():
 
 def test_details_of_a_reranked_run(store_uri):
     rows = reranked_rows()
-    details = reranked_details(published(store_uri, [pa.Table.from_pylist(rows, schema=RERANKED)]))
+    details = reranked_details(
+        publish_tables(store_uri, [pa.Table.from_pylist(rows, schema=RERANKED)])
+    )
     assert sum(details["scores"]["counts"]) == sum(details["log_odds"]["counts"]) == 20
     assert details["overlap"] == [
         {"depth": 1, "kept": 0.0},
@@ -100,18 +85,18 @@ def test_details_of_a_reranked_run(store_uri):
     assert details["rank_after"][0] == {"rank": 1, "p10": 2, "p50": 2, "p90": 2}
     unranked = [row | {"retrieval_rank": None} for row in rows]
     table = pa.Table.from_pylist(unranked, schema=RERANKED)
-    assert "overlap" not in reranked_details(published(f"{store_uri}/none", [table]))
+    assert "overlap" not in reranked_details(publish_tables(f"{store_uri}/none", [table]))
 
 
 def test_empty_tables_have_details(tmp_path):
     """As of a job that rejected every row."""
     for schema, details in ((RUN, run_details), (RERANKED, reranked_details)):
         for i, tables in enumerate(([], [schema.empty_table()])):
-            found = details(published(str(tmp_path / f"{details.__name__}{i}"), tables))
+            found = details(publish_tables(str(tmp_path / f"{details.__name__}{i}"), tables))
             assert not any(found.values())
     tokens = pa.table({"num_tokens": pa.array([], pa.int32())})
     for name, tables in {"none": [], "empty": [tokens]}.items():
-        found = vectors_details(published(str(tmp_path / name), tables))
+        found = vectors_details(publish_tables(str(tmp_path / name), tables))
         assert found == {"passage_tokens": None, "rejected_samples": []}
 
 
