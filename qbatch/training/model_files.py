@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import AutoModel, AutoModelForCausalLM
 
+from qbatch.models.backbone import load_weights
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import ModelSpec, Pooling, read_config, read_json
 from qbatch.models.prompts import document_prompt, query_prompt
@@ -41,13 +42,16 @@ def starting_model(start: Start, kind: ModelKind, scratch: Path) -> Path:
     """Return the directory of the model that training starts from.
 
     Random weights are written into ``scratch``; they follow from the seed, so every process draws
-    the same.
+    the same. A reranker may start from an embedder: the embedding table becomes its head.
 
     Raises:
         ConfigError: There is no such model, or the config is unusable.
     """
     if start.model is not None:
-        return resolve_model(start.model, start.revision)
+        path = resolve_model(start.model, start.revision)
+        if kind == "reranker" and _lacks_head(path):
+            return _with_head(path, scratch)
+        return path
     source = Path(start.init_config or "")
     config = read_config(source)
     torch.manual_seed(start.seed)
@@ -57,6 +61,20 @@ def starting_model(start: Start, kind: ModelKind, scratch: Path) -> Path:
     write_config(source, scratch, torch.float32, {"architectures": [type(model).__name__]})
     copy_tokenizer(source, scratch)
     return scratch
+
+
+def _lacks_head(path: Path) -> bool:
+    config = read_config(path)
+    return (config.architectures or [""])[0].endswith("Model") and config.tie_word_embeddings
+
+
+def _with_head(path: Path, folder: Path) -> Path:
+    """Write the causal model that shares its embedding table with the base model in ``path``."""
+    model = load_weights(AutoModelForCausalLM, path, torch.float32, torch.device("cpu"))
+    write_weights(folder, model.state_dict(), torch.float32, is_tied=True)
+    write_config(path, folder, torch.float32, {"architectures": [type(model).__name__]})
+    copy_tokenizer(path, folder)
+    return folder
 
 
 def count_parameters(start: Start, kind: ModelKind, lora: Lora | None) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from qbatch.training.losses import answer_losses, listwise_losses, two_way_losse
 from qbatch.training.model_files import starting_model
 from qbatch.training.pairs import PairTable
 from qbatch.training.reranking import RerankingSettings
+from qbatch.training.task import Start
 from tests.tiny_models import write_tiny_cross_encoder
 from tests.training_pairs import WORDS, note, write_pairs
 
@@ -149,3 +150,20 @@ def test_a_classifier_is_no_start(tmp_path):
         RerankingSettings(loss="pointwise").build(
             path, config.task("float32", 1), torch.device("cpu")
         )
+
+
+def test_an_embedder_is_a_start_whose_embedding_table_becomes_the_head(tiny_start, tmp_path):
+    start = Start(model=None, revision=None, init_config=str(tiny_start), seed=3)
+    embedder, scratch = tmp_path / "embedder", tmp_path / "scratch"
+    embedder.mkdir()
+    scratch.mkdir()
+    starting_model(start, "embedder", embedder)
+    path = starting_model(
+        replace(start, model=str(embedder), init_config=None), "reranker", scratch
+    )
+    before, after = (load_file(p / "model.safetensors") for p in (embedder, path))
+    assert {f"model.{name}" for name in before} == set(after)
+    assert all(torch.equal(after[f"model.{name}"], x) for name, x in before.items())
+    build = RerankerConfig(model_path=path, dtype="float32", device="cpu").build
+    group = CandidateGroup(query="find a", documents=["note b"])
+    assert np.isfinite(build().score([group])[0]).all()
