@@ -48,11 +48,12 @@ bundled-models: venv ## train the bundled models anew, as their cards say (hours
 	@$(PY) -m qbatch.quickstart.training_texts --output bundled-models/texts
 	@$(PY) jobs/train_embedder.py --config jobs/configs/bundled-weakly-trained.toml
 	@$(PY) jobs/embed_corpus.py --input bundled-models/texts/corpus --output bundled-models/vectors \
-	  --model bundled-models/weakly-trained
+	  --model bundled-models/weakly-trained --dtype float32
 	@$(PY) jobs/build_index.py --vectors bundled-models/vectors --output bundled-models/index
-	@$(PY) jobs/mine_negatives.py --pairs bundled-models/texts/pairs/retrieval \
-	  --index bundled-models/index --corpus bundled-models/texts/corpus \
-	  --output bundled-models/mined --last-rank 50 --max-ratio 0.95
+	@for part in pairs/retrieval/descriptions reranking/pairs; do \
+	  $(PY) jobs/mine_negatives.py --pairs bundled-models/texts/$$part.parquet \
+	    --index bundled-models/index --corpus bundled-models/texts/corpus \
+	    --output bundled-models/mined/$$part --last-rank 50 || exit; done
 	@$(PY) jobs/train_embedder.py --config jobs/configs/bundled-embedder.toml
 	@$(PY) jobs/merge_checkpoints.py --output bundled-models/embedder \
 	  --checkpoints "$$(ls -d bundled-models/trained/checkpoints/* | tail -n 2 | paste -sd ,)"

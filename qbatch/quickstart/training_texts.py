@@ -2,9 +2,9 @@
 
     python -m qbatch.quickstart.training_texts --output training-texts
 
-writes pairs (``pairs/``), the described packages as a corpus to mine negatives from (``corpus/``),
-what training starts from (``start/``: config.json and a tokenizer made of these texts) and two
-evaluation sets in the layout of BEIR (``evaluation/``).
+writes pairs (``pairs/``, ``reranking/``), the described packages as a corpus to mine negatives from
+(``corpus/``), what training starts from (``start/``: config.json and a tokenizer made of these
+texts) and two evaluation sets in the layout of BEIR (``evaluation/``).
 
 Held out are packages whose name has a first SHA-256 byte below 0x10, all other packages of the same
 sources, and every translation of both: nothing of them is in the pairs or in the tokenizer.
@@ -43,6 +43,9 @@ _LANGUAGES = {"de": 20_000, "fr": 8000, "it": 8000, "es": 8000, "ja": 4000, "ru"
 
 _NUM_MEANINGS = 30_000
 """Of WordNet's, drawn at random: more would outweigh the descriptions."""
+
+_NUM_RERANKING = 10_000
+"""Descriptions from which the reranker learns: each costs as much as a text and its candidates."""
 
 _NUM_DOCUMENTS, _NUM_QUERIES = 1500, 300
 
@@ -224,6 +227,8 @@ def write_all(output: Path, *, seed: int = 0) -> dict[str, int]:
     for name, table in tables.items():
         write_pairs(output / "pairs" / f"{name}.parquet", table, rng)
     write_evaluation(output / "evaluation", held_out, rng)
+    sample = rng.sample(tables["retrieval/descriptions"], _NUM_RERANKING)
+    write_pairs(output / "reranking" / "pairs.parquet", sample, rng)
     pairs = [pair for table in tables.values() for pair in table]
     write_start(output / "start", (t for pair in pairs for t in (pair.query, pair.document)))
     return {name: len(table) for name, table in tables.items()}
