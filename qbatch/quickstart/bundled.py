@@ -1,10 +1,6 @@
-"""Where the bundled texts and models lie; the models' README.md are their cards."""
+"""Where the bundled texts lie."""
 
 from pathlib import Path
 
-_HERE = Path(__file__).parent
-
-CORPUS = _HERE / "corpus.jsonl"
-QUERIES = _HERE / "queries.jsonl"
-EMBEDDER = _HERE / "embedder"
-RERANKER = _HERE / "reranker"
+CORPUS = Path(__file__).with_name("corpus.jsonl")
+QUERIES = Path(__file__).with_name("queries.jsonl")

@@ -1,6 +1,7 @@
-"""The bundled models beside BM25 and MiniLM on held-out package descriptions.
+"""Models of ``make bundled-models`` beside BM25 and MiniLM on held-out package descriptions.
 
-    python -m tests.benchmarks.bundled_quality --sets bundled-models/texts/evaluation
+    python -m tests.benchmarks.bundled_quality --sets bundled-models/texts/evaluation \\
+        --embedder bundled-models/embedder --reranker bundled-models/reranker
 
 The sets are those of ``qbatch.quickstart.training_texts``: 300 synopses, English and German, each
 to find its description among 1,500 English ones. Nothing of these packages was trained on.
@@ -16,7 +17,6 @@ from qbatch.evaluation.metrics import Judgements, parse_metrics, score_queries
 from qbatch.evaluation.ranking import rank_documents
 from qbatch.evaluation.reading import read_qrels
 from qbatch.pipelines.evaluate_model import ModelsUnderTest, measure_models, read_texts
-from qbatch.quickstart.bundled import EMBEDDER, RERANKER
 from tests.benchmarks.bench_embed_engine import require
 
 SETS = ("english", "german")
@@ -28,20 +28,19 @@ def main() -> None:
     """Print a line for each model and set."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sets", type=Path, required=True)
-    parser.add_argument("--embedder", type=Path, default=EMBEDDER)
-    parser.add_argument("--reranker", type=Path, default=RERANKER)
+    parser.add_argument("--embedder", type=Path, required=True)
+    parser.add_argument("--reranker", type=Path)
     parser.add_argument("--dims", type=int, nargs="*", default=[])
     options = parser.parse_args()
     print(f"{'':34}" + "".join(f"{name} {metric!s:10}" for name in SETS for metric in METRICS))
     show("BM25", {name: bm25(options.sets / name) for name in SETS})
     show("MiniLM", retrieval(measured(options.sets, require("minilm"))))
-    reranker = options.reranker if options.reranker.is_dir() else None
-    found = measured(options.sets, options.embedder, reranker)
+    found = measured(options.sets, options.embedder, options.reranker)
     show("embedder", retrieval(found))
     for dim in options.dims:
         own = retrieval(measured(options.sets, options.embedder, dim=dim))
         show(f"embedder, first {dim} components", own)
-    if reranker is not None:
+    if options.reranker is not None:
         show(f"its best {RERANK_DEPTH}, reranked", reranking(found))
 
 

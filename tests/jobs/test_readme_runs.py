@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import s3fs
 
-from qbatch.quickstart.bundled import EMBEDDER, RERANKER
 from qbatch.storage import Storage
+from qbatch.training.model_files import starting_model
+from qbatch.training.task import Start
 from tests import assets
 from tests.chat_server import chat_server
 from tests.processes import ROOT
 from tests.test_readme import COMMANDS, job_of
-from tests.training_pairs import WORDS, note, write_pairs
+from tests.tiny_models import write_tiny_judge, write_tiny_start
+from tests.training_pairs import VOCABULARY, WORDS, note, write_pairs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -47,8 +49,19 @@ def clone(tmp_path_factory, s3_endpoint) -> Path:
     for name, rows in {"synthetic": 2500, "labelled": 600}.items():
         file = write_pairs(folder / f"{name}.parquet", rows)
         Storage(f"{BUCKET}/{name}").write("pairs.parquet", file.read_bytes())
+    write_models(folder)
     (folder / "people.txt").write_text("a nurse\na cook\na pilot\na smith\na clerk\n")
     return folder
+
+
+def write_models(folder: Path) -> None:
+    """Write small random models of the Qwen3 architecture."""
+    for name in ("start", "embedder", "judge"):
+        (folder / name).mkdir()
+    start = write_tiny_start(folder / "start", words=VOCABULARY)
+    given = Start(model=None, revision=None, init_config=str(start), seed=0)
+    starting_model(given, "embedder", folder / "embedder")
+    write_tiny_judge(folder / "judge")
 
 
 def write_corpus(storage: Storage) -> None:
@@ -78,13 +91,13 @@ def write_beir(folder: Path) -> None:
 def stand_ins(url: str) -> dict[str, str]:
     """Return what is run in place of the names that README gives."""
     return {
-        "RERANKER_DIR": str(RERANKER),
+        "RERANKER_DIR": "judge",
         "MODEL_DIR": str(assets.minilm()),
-        "Qwen/Qwen3-Embedding-0.6B": str(EMBEDDER),
-        "Qwen/Qwen3-Reranker-4B": str(RERANKER),
-        "Qwen/Qwen3-Reranker-0.6B": str(RERANKER),
-        "Qwen/Qwen3-0.6B-Base": str(RERANKER),
-        "1024,512,256,128": "256,128",
+        "Qwen/Qwen3-Embedding-0.6B": "embedder",
+        "Qwen/Qwen3-Reranker-4B": "judge",
+        "Qwen/Qwen3-Reranker-0.6B": "judge",
+        "Qwen/Qwen3-0.6B-Base": "judge",
+        "1024,512,256,128": "32,16",
         "http://host:8000/v1": url,
         "s3://bucket": BUCKET,
         "other/run": "my/run",
