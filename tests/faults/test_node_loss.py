@@ -20,10 +20,11 @@ NUM_FILES, PER_FILE, QUERIES = 30, 40, 12
 
 
 @pytest.fixture
-def cluster(monkeypatch, s3_endpoint) -> Iterator[Cluster]:
+def cluster(monkeypatch) -> Iterator[Cluster]:
     """Three nodes of one processor each, on this machine, with a folder of their own.
 
-    Not in pytest's folder: its name is too long for the sockets of a node.
+    Not in pytest's folder: its name is too long for the sockets of a node. Drivers connect to the
+    first node, the head, which is the one that stays.
     """
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
