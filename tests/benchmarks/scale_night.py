@@ -41,7 +41,13 @@ def config_for(folder: Path) -> EmbedCorpusConfig:
 
 def measure_job(folder: Path) -> dict[str, Any]:
     """Run the embed job; in a process of its own, so that its memory is known."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**29)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=2**29,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
     before = peak_bytes()
     started = time.perf_counter()
     summary = embed_corpus(config_for(folder))
