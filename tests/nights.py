@@ -4,6 +4,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qbatch.index.stored import stored_shards
+from qbatch.manifest import read_verified
 from qbatch.pipelines.reindex import (
     AnswersStep,
     EmbedStep,
@@ -112,3 +117,15 @@ def content_of(release: Release) -> Mapping[str, object]:
 def served(uri: str) -> Mapping[str, object]:
     """Return the content of the newest release of a night."""
     return content_of(open_release(f"{uri}/night"))
+
+
+def indexed_documents(release: Release) -> list[str]:
+    """Return the document of every row of the index that can be found."""
+    table = release.open("index")
+    found: list[str] = []
+    for shard in stored_shards(table.storage, table.generation):
+        data = read_verified(table.storage, shard.ids)
+        ids = pq.read_table(pa.BufferReader(data), columns=["doc_id"])["doc_id"].to_pylist()
+        dead = set(shard.dead.tolist())
+        found += [doc_id for row, doc_id in enumerate(ids) if row not in dead]
+    return found

@@ -16,16 +16,21 @@ ROOT = Path(__file__).parents[1]
 
 
 class Job:
-    """A running job with a Ray of its own; its processes can be found by a mark they inherit."""
+    """A running job, on a Ray of its own unless the address of another is given.
 
-    def __init__(self, script: str, flags: dict[str, object], log: Path) -> None:
+    Its processes can be found by a mark they inherit.
+    """
+
+    def __init__(
+        self, script: str, flags: dict[str, object], log: Path, *, ray_address: str = "local"
+    ) -> None:
         self._mark = f"QBATCH_TEST_JOB={secrets.token_hex(8)}"
         name, _, value = self._mark.partition("=")
         self._log = log
         arguments = [f"--{flag.replace('_', '-')}={value}" for flag, value in flags.items()]
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / script), *arguments],
-            env={**os.environ, name: value, "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)},
+            env={**os.environ, name: value, "RAY_ADDRESS": ray_address, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=log.open("ab"),
             text=True,

@@ -121,6 +121,12 @@ def cluster_resources() -> dict[str, float]:
     return resources
 
 
+def most_node_cpus() -> int:
+    """Return the processors of the node that has most: an actor lies on one node."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's
+    return max(int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"])
+
+
 def plan_pool(
     min_actors: int | None, max_actors: int | None, gpus_per_actor: float | None
 ) -> PoolPlan:
@@ -141,12 +147,14 @@ def plan_pool(
             f"{fewest} actors of {gpus_per_actor:g} GPUs need more than the {num_gpus:g} GPUs of "
             "this cluster; lower --min-actors or --gpus-per-actor, or add nodes"
         )
+    node_cpus = max(1, most_node_cpus())
+    booked = _booked_cpus(num_cpus, most, has_gpus=gpus_per_actor > 0)
     return PoolPlan(
         min_actors=min(fewest, most),
         max_actors=most,
         gpus_per_actor=gpus_per_actor,
-        cpus_per_actor=_booked_cpus(num_cpus, most, has_gpus=gpus_per_actor > 0),
-        threads_per_actor=max(1, num_cpus // most),
+        cpus_per_actor=min(booked, node_cpus),
+        threads_per_actor=max(1, min(num_cpus // most, node_cpus)),
     )
 
 

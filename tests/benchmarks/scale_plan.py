@@ -27,7 +27,7 @@ from qbatch.storage import Storage
 from tests.benchmarks.watching import peak_bytes
 
 _FILES_PER_FOLDER = 1000
-_UNIT_BYTES = 16 * 2**10
+UNIT_BYTES = 16 * 2**10
 """What opening an object counts for: each file is a unit of its own."""
 
 
@@ -48,7 +48,7 @@ def write_files(folder: Path, num_files: int) -> None:
 def measure_plan(folder: Path) -> dict[str, float]:
     """Plan the corpus below a folder; in a process of its own, so that its memory is known."""
     started = time.perf_counter()
-    config = resolve_config(CorpusConfig(input=f"{folder}/corpus", unit_bytes=_UNIT_BYTES))
+    config = resolve_config(CorpusConfig(input=f"{folder}/corpus", unit_bytes=UNIT_BYTES))
     plan = Plan(plan_units(config), "fingerprint")
     return {
         "units": len(plan),

@@ -34,11 +34,25 @@ from tests.processes import ROOT
 )
 def test_the_pool_fits_the_cluster(monkeypatch, resources, asked, expected):
     monkeypatch.setattr(cluster, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(cluster, "most_node_cpus", lambda: int(resources["CPU"]))
     pool = plan_pool(*asked)
     got = (pool.min_actors, pool.max_actors, pool.gpus_per_actor, pool.threads_per_actor)
     assert got == expected
     assert pool.max_actors * pool.cpus_per_actor <= resources["CPU"] / 2
     assert resources["CPU"] - pool.max_actors * pool.cpus_per_actor >= 1  # a reader fits beside
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "node_cpus", "asked"),
+    [(3, 1, (None, None, None)), (16, 2, (None, None, None)), (8, 4, (1, 2, None))],
+)
+def test_no_actor_books_more_than_a_node_has(monkeypatch, num_nodes, node_cpus, asked):
+    """It could be placed nowhere, and the job would wait for it until it ends as stalled."""
+    monkeypatch.setattr(cluster, "cluster_resources", lambda: {"CPU": num_nodes * node_cpus})
+    monkeypatch.setattr(cluster, "most_node_cpus", lambda: node_cpus)
+    pool = plan_pool(*asked)
+    assert pool.cpus_per_actor == node_cpus
+    assert pool.threads_per_actor == node_cpus
 
 
 ON_DECLARED_GPUS = """
