@@ -34,7 +34,7 @@ def test_a_large_token_does_not_cost_the_others_their_bits(bias):
     assert found.dtype == torch.float32
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-9)
     assert errors.max() < 0.02
-    assert torch.allclose(model(states[:, 7:8]), found[:, 7:8], atol=0.01)
+    assert torch.allclose(model(states[:, 7:8]), found[:, 7:8], atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_vectors_of_a_real_model_stay_close(questions):
     assert rounded.is_packed
     assert 0.99 < worst_cosine(vectors, exact) < 0.99999
     alone = np.concatenate([embed(rounded, join([ids])) for ids in split(questions)[:5]])
-    assert worst_cosine(alone, vectors[:5]) > 0.999
+    assert worst_cosine(alone, vectors[:5]) > 0.9999
 
 
 def test_a_decoder_ends_early_and_shares_beginnings_as_before(qwen3_dir):

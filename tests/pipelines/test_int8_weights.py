@@ -20,6 +20,7 @@ from qbatch.pipelines.negative_search import IndexModel, scoring_task
 from qbatch.pipelines.pair_source import pair_source
 from qbatch.pipelines.parity import ParityConfig, parity
 from qbatch.pipelines.search_index import SearchIndexConfig, embed_config
+from qbatch.schema import FILES
 from qbatch.storage import Storage
 
 
@@ -63,7 +64,13 @@ def test_queries_are_embedded_as_the_index_was(config, tmp_path):
         embedding = planned_fingerprint(replace(config, weights=weights))
         details = {"embedding": {"model": config.model, "revision": None}}
         index = Generation(
-            kind="index", fingerprint={"embedding": embedding, "dim": 32}, details=details
+            kind="index",
+            fingerprint={"embedding": embedding, "dim": 32},
+            config={},
+            counts={},
+            files=FILES.empty_table(),
+            rejects=FILES.empty_table(),
+            details=details,
         )
         search = SearchIndexConfig(index="i", queries="q.jsonl", output=f"{tmp_path}/run")
         assert embed_config(search, index).weights == weights
