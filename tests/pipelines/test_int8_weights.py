@@ -12,7 +12,6 @@ from qbatch.errors import ConfigError
 from qbatch.index.columns import check_same_space
 from qbatch.manifest import Generation
 from qbatch.models.embedder import EmbedderConfig
-from qbatch.models.prompts import query_prompt
 from qbatch.models.tokenization import TextTokenizer
 from qbatch.pipelines.build_index import BuildIndexConfig, build_index
 from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus, planned_fingerprint
@@ -20,18 +19,26 @@ from qbatch.pipelines.negative_search import IndexModel, scoring_task
 from qbatch.pipelines.pair_source import pair_source
 from qbatch.pipelines.parity import ParityConfig, parity
 from qbatch.pipelines.search_index import SearchIndexConfig, embed_config
-from qbatch.schema import FILES
+from qbatch.schema import FILES, Weights
 from qbatch.storage import Storage
+from tests.tiny_models import write_tiny_encoder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """Weights large enough that rounding them can be seen."""
+    folder = tmp_path_factory.mktemp("model")
+    return str(write_tiny_encoder(folder, initializer_range=0.5))
 
 
 @pytest.fixture
-def config(tmp_path, tiny_model) -> EmbedCorpusConfig:
+def config(tmp_path, model) -> EmbedCorpusConfig:
     lines = [json.dumps({"doc_id": f"d{i}", "text": f"number {i} of many"}) for i in range(60)]
     Storage(f"{tmp_path}/corpus").write("a.jsonl", "\n".join(lines).encode())
     return EmbedCorpusConfig(
         input=f"{tmp_path}/corpus",
         output=f"{tmp_path}/vectors",
-        model=tiny_model,
+        model=model,
         dtype="float32",
     )
 
@@ -97,9 +104,16 @@ def test_an_index_answers_texts_with_its_own_weights(ray_cluster, config, tmp_pa
     )
     matrix = qbatch.open_vectors(config.output).to_matrix()
     asked = ["number 7 of", "many"]
-    embedder = EmbedderConfig(model_path=Path(config.model), weights="int8").build()
-    prompt = query_prompt(embedder.spec.prompts, architecture=embedder.spec.architecture)
-    batch = TextTokenizer.load(embedder.spec.path).encode([prompt + text for text in asked])
-    expected = np.sort(embedder.embed(batch.ids, batch.lengths) @ matrix.T, axis=1)[:, -1]
     found = qbatch.open_index(index).search(asked, top_k=1)["score"].to_numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    expected, others = (
+        np.max(vectors(config.model, asked, weights) @ matrix.T, axis=1)
+        for weights in ("int8", "float")
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(found - others).max() > 1e-5
+
+
+def vectors(model: str, texts: list[str], weights: Weights) -> np.ndarray:
+    embedder = EmbedderConfig(model_path=Path(model), dtype="float32", weights=weights).build()
+    batch = TextTokenizer.load(embedder.spec.path).encode(texts)
+    return embedder.embed(batch.ids, batch.lengths)
