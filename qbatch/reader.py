@@ -165,7 +165,7 @@ class IndexReader:
         """Load the model of the index, once; another one is refused."""
         if model in self._embedders:
             return self._embedders[model]
-        from qbatch.index.columns import check_same_space  # noqa: PLC0415
+        from qbatch.index.columns import check_same_space, weights_of  # noqa: PLC0415
         from qbatch.models.embedder import EmbedderConfig  # noqa: PLC0415
         from qbatch.models.hub import resolve_model  # noqa: PLC0415
         from qbatch.models.loading import weights_sha256  # noqa: PLC0415
@@ -173,8 +173,12 @@ class IndexReader:
         fingerprint = self.table.generation.fingerprint
         embedding = fingerprint["embedding"]
         path = resolve_model(model, self.details["embedding"]["revision"])
-        config = EmbedderConfig(model_path=path, dtype=embedding["dtype"], dim=fingerprint["dim"])
-        embedder = config.build()
+        embedder = EmbedderConfig(
+            model_path=path,
+            dtype=embedding["dtype"],
+            weights=weights_of(embedding),
+            dim=fingerprint["dim"],
+        ).build()
         spec = embedder.spec
         ours = {
             "weights_sha256": weights_sha256(spec.path),
@@ -183,6 +187,7 @@ class IndexReader:
             "pooling": spec.pooling,
             "normalize": spec.normalize,
             "dtype": embedding["dtype"],
+            "weights": weights_of(embedding),
         }
         check_same_space(embedding, ours)
         self._embedders[model] = embedder

@@ -16,6 +16,9 @@ VectorDtype = Literal["float32", "float16", "int8"]
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
+Weights = Literal["float", "int8"]
+"""Of a model's linear layers: in the compute dtype, or rounded to int8, on processors only."""
+
 _VALUE_TYPES: dict[VectorDtype, pa.DataType] = {
     "float32": pa.float32(),
     "float16": pa.float16(),

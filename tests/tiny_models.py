@@ -23,11 +23,13 @@ from qbatch.models.rerank_prompts import JUDGE_START, NO, YES
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
-def write_tiny_encoder(directory: Path, *, seed: int = 0, hidden_size: int = 32) -> Path:
+def write_tiny_encoder(
+    directory: Path, *, seed: int = 0, hidden_size: int = 32, **settings: float
+) -> Path:
     """Write a one-layer BERT with mean pooling that knows single characters."""
     vocab = _write_tokenizer(directory, max_tokens=128)
     torch.manual_seed(seed)
-    BertModel(_bert_config(vocab, hidden_size)).eval().save_pretrained(directory)
+    BertModel(_bert_config(vocab, hidden_size, **settings)).eval().save_pretrained(directory)
     write_modules(
         directory, {"word_embedding_dimension": hidden_size, "pooling_mode_mean_tokens": True}
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from qbatch.errors import ConfigError
-from qbatch.schema import vector_column_names, vector_matrix
+from qbatch.schema import Weights, vector_column_names, vector_matrix
 
 Metric = Literal["l2", "inner_product"]
 
@@ -85,7 +85,14 @@ def space_of(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
 
     Prompt, limits and stored widths may differ: queries have their own.
     """
-    return {name: fingerprint[name] for name in _SPACE}
+    space = {name: fingerprint[name] for name in _SPACE}
+    return {**space, "weights": weights_of(fingerprint)}
+
+
+def weights_of(fingerprint: Mapping[str, Any]) -> Weights:
+    """Return how the model's weights were rounded; an embedding fingerprint names int8 alone."""
+    weights: Weights = fingerprint.get("weights", "float")
+    return weights
 
 
 def check_same_space(index: Mapping[str, Any], queries: Mapping[str, Any]) -> None:

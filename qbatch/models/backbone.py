@@ -22,6 +22,7 @@ from qbatch.models.attention import (
     register_packed_attention,
 )
 from qbatch.models.loading import ModelSpec, Pooling, position_offset, read_config
+from qbatch.models.quantization import quantize_linears
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,10 @@ class Backbone:
         self._ends_early = self.is_packed and pooling == "last" and self._shorten_last_layer()
         self.shares_prefixes = self.is_packed and pooling == "last" and self._agrees_on_prefixes()
         """Whether ``parents`` may be given: in causal models, where packs run without padding."""
+
+    def quantize(self) -> None:
+        """Round the weights of linear layers to int8; what the checks found in float32 stays."""
+        quantize_linears(self._model)
 
     @property
     def device(self) -> torch.device:

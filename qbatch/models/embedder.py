@@ -18,6 +18,8 @@ from qbatch.models.embed_stats import EmbedStats
 from qbatch.models.halving import in_halves, shrunk_budget
 from qbatch.models.loading import ModelSpec, load_spec
 from qbatch.models.packing import common_prefix, distinct_texts, gather_tokens, plan_packs
+from qbatch.models.quantization import check_quantizable
+from qbatch.schema import Weights
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -37,6 +39,8 @@ class EmbedderConfig:
     """What ``resolve_model`` returned."""
     dtype: Literal["auto"] | DtypeName = "auto"
     """Of weights and activations; ``auto`` is bfloat16 where the processor computes in it."""
+    weights: Weights = "float"
+    """int8 rounds those of linear layers and computes on the CPU in float32, named or not."""
     dim: int | None = None
     """Leading components kept (Matryoshka) before normalising; None means all."""
     token_budget: int | None = None
@@ -55,6 +59,8 @@ class EmbedderConfig:
                     f"{name} is out of range: {value}; allowed is 1 or more. Raise it, or leave it "
                     "out for the default."
                 )
+        if self.weights == "int8":
+            check_quantizable(self.dtype, self.device)
 
     def build(self) -> "Embedder":
         """Load the model onto its device and check packed against padded computation.
@@ -69,9 +75,12 @@ class EmbedderConfig:
                 f"dim is out of range: {dim}; the model in {spec.path} gives 1 to "
                 f"{spec.hidden_dim}. Lower dim."
             )
-        device = resolve_device(self.device)
-        dtype = getattr(torch, resolve_dtype(self.dtype, device))
+        is_int8 = self.weights == "int8"
+        device = resolve_device("cpu" if is_int8 else self.device)
+        dtype = getattr(torch, resolve_dtype("float32" if is_int8 else self.dtype, device))
         backbone = load_backbone(spec, dtype, device)
+        if is_int8:
+            backbone.quantize()
         return Embedder(
             backbone,
             spec,

@@ -26,6 +26,7 @@ from qbatch.models.embedder import resolve_device, resolve_dtype
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import ModelSpec, load_spec, read_config, weights_sha256
 from qbatch.models.prompts import document_prompt, query_prompt
+from qbatch.models.quantization import check_quantizable
 from qbatch.models.roofline import flops_per_token
 from qbatch.models.server import ServerConfig
 from qbatch.pipelines.cluster import (
@@ -50,7 +51,7 @@ from qbatch.pipelines.unit_stream import Stages, make_units
 from qbatch.report.embedding import vectors_details
 from qbatch.report.progress import EmbedProgress
 from qbatch.report.writing import write_report
-from qbatch.schema import SCHEMA_VERSION, ComputeDtype, VectorDtype
+from qbatch.schema import SCHEMA_VERSION, ComputeDtype, VectorDtype, Weights
 from qbatch.storage import Storage, probe
 from qbatch.tables import PublishedTable
 
@@ -96,6 +97,8 @@ class EmbedCorpusConfig:
     """Tokens in one forward pass; None suits the device."""
     dtype: Literal["auto"] | ComputeDtype = "auto"
     """Compute dtype; auto is bfloat16 where the processor has it, else float32."""
+    weights: Weights = "float"
+    """int8 rounds the weights of linear layers: faster on a CPU, for some quality; float32 only."""
     engine: Literal["local", "http"] = "local"
     """local computes in the actors; http asks an OpenAI-compatible server of the same model."""
     endpoint: str | None = None
@@ -151,6 +154,26 @@ class EmbedCorpusConfig:
             raise ConfigError(f"dims are {self.dims}; give different positive widths")
         self.corpus()
         self.server()
+        if self.weights == "int8":
+            self._check_int8()
+
+    def _check_int8(self) -> None:
+        check_quantizable(self.dtype, None)
+        if self.engine == "http":
+            raise ConfigError(
+                "--weights=int8 with --engine=http; allowed is --engine=local, since a server "
+                "rounds its own weights. Leave out one of them"
+            )
+        if self.gpus_per_actor:
+            raise ConfigError(
+                f"--gpus-per-actor={self.gpus_per_actor:g} with --weights=int8; allowed is 0, int8 "
+                "weights compute on CPUs. Give --gpus-per-actor=0, or leave out --weights"
+            )
+
+    @property
+    def wanted_dtype(self) -> Literal["auto"] | ComputeDtype:
+        """The compute dtype asked for: int8 weights leave float32 only."""
+        return "float32" if self.weights == "int8" else self.dtype
 
     def server(self) -> ServerConfig | None:
         """Return the server that computes, None for the actors themselves."""
@@ -205,8 +228,7 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
     probe(storage)
     current = latest_generation(storage)
     with ray_session(stall_timeout_s=config.stall_timeout_s):
-        gpus = 0.0 if config.engine == "http" else config.gpus_per_actor
-        pool = plan_pool(config.min_actors, config.max_actors, gpus)
+        pool = plan_embed_pool(config)
         task, fingerprint = _resolve(config, spec, storage, pool)
         plan = Plan(plan_units(task.corpus), task.unit_fingerprint)
         done = finished_units(storage, plan.keys, current)
@@ -251,6 +273,13 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
     return summary
 
 
+def plan_embed_pool(config: EmbedCorpusConfig) -> PoolPlan:
+    """Return the pool that embeds; a server, and int8 weights, need no GPUs."""
+    no_gpus = config.engine == "http" or config.weights == "int8"
+    gpus = 0.0 if no_gpus else config.gpus_per_actor
+    return plan_pool(config.min_actors, config.max_actors, gpus)
+
+
 def _details(
     config: EmbedCorpusConfig, spec: ModelSpec, table: PublishedTable, progress: EmbedProgress
 ) -> dict[str, Any]:
@@ -265,7 +294,7 @@ def _resolve(
     config: EmbedCorpusConfig, spec: ModelSpec, storage: Storage, pool: PoolPlan
 ) -> tuple[EmbedTask, dict[str, Any]]:
     """Return what all processes need to know, with nothing left open, and the fingerprint."""
-    task = make_task(config, spec, compute_dtype(config.dtype, pool.gpus_per_actor))
+    task = make_task(config, spec, compute_dtype(config.wanted_dtype, pool.gpus_per_actor))
     task = replace(task, corpus=resolve_config(task.corpus))
     fingerprint = embedding_fingerprint(task, spec)
     if config.vector_dtype == "int8":
@@ -287,7 +316,7 @@ def _estimate(config: EmbedCorpusConfig, spec: ModelSpec) -> dict[str, Any]:
         gpus_per_actor=float(device.type == "cuda") if gpus is None else gpus,
         gpu_hourly_price=config.gpu_hourly_price,
     )
-    return estimate(make_task(config, spec, resolve_dtype(config.dtype, device)), prices)
+    return estimate(make_task(config, spec, resolve_dtype(config.wanted_dtype, device)), prices)
 
 
 def make_task(config: EmbedCorpusConfig, spec: ModelSpec, dtype: ComputeDtype) -> EmbedTask:
@@ -320,6 +349,7 @@ def make_task(config: EmbedCorpusConfig, spec: ModelSpec, dtype: ComputeDtype) -
         dims=dims,
         normalize=spec.normalize,
         dtype=dtype,
+        weights=config.weights,
         token_budget=config.token_budget,
         vector_dtype=config.vector_dtype,
         server=config.server(),
@@ -336,6 +366,8 @@ def _prompt(config: EmbedCorpusConfig, spec: ModelSpec) -> str:
 
 def embedding_fingerprint(task: EmbedTask, spec: ModelSpec) -> dict[str, Any]:
     """Return everything that changes a vector, and nothing that only changes how fast it comes."""
+    # Named only where it is int8: tables made before there was a choice keep their fingerprint.
+    weights = {} if task.weights == "float" else {"weights": task.weights}
     return {
         "schema_version": SCHEMA_VERSION,
         "weights_sha256": weights_sha256(spec.path),
@@ -350,15 +382,17 @@ def embedding_fingerprint(task: EmbedTask, spec: ModelSpec) -> dict[str, Any]:
         "dtype": task.dtype,
         "vector_dtype": task.vector_dtype,
         "scales": list(task.scales),
+        **weights,
     }
 
 
 def planned_fingerprint(config: EmbedCorpusConfig) -> dict[str, Any]:
     """Return the fingerprint a job will have, without running it; the dtype must be named."""
-    if config.dtype == "auto":
+    dtype = config.wanted_dtype
+    if dtype == "auto":
         raise ValueError("the dtype is decided on the hardware that computes; name one")
     spec = load_spec(resolve_model(config.model, config.revision))
-    return embedding_fingerprint(make_task(config, spec, config.dtype), spec)
+    return embedding_fingerprint(make_task(config, spec, dtype), spec)
 
 
 def _make_units(

@@ -30,6 +30,7 @@ def build_embedder(task: EmbedTask, num_threads: int | None = None) -> Embedder 
     config = EmbedderConfig(
         model_path=resolve_model(task.model, task.revision),
         dtype=task.dtype,
+        weights=task.weights,
         dim=max(task.dims),
         token_budget=task.token_budget,
         num_threads=num_threads,

@@ -15,7 +15,7 @@ from qbatch.corpus.config import CorpusConfig
 from qbatch.manifest import fingerprint_id
 from qbatch.models.server import ServerConfig
 from qbatch.models.tokenization import TokenizerSpec
-from qbatch.schema import ComputeDtype, VectorDtype
+from qbatch.schema import ComputeDtype, VectorDtype, Weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +35,7 @@ class EmbedTask:
     dims: tuple[int, ...]
     normalize: bool
     dtype: ComputeDtype
+    weights: Weights
     token_budget: int | None
     vector_dtype: VectorDtype
     scales: tuple[float, ...] = ()

@@ -17,7 +17,7 @@ from qbatch.evaluation.metrics import Judgements, Metric, parse_metrics, score_q
 from qbatch.evaluation.ranking import rank_documents
 from qbatch.evaluation.reading import read_qrels, read_run
 from qbatch.report.writing import write_report
-from qbatch.schema import ComputeDtype
+from qbatch.schema import ComputeDtype, Weights
 from qbatch.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ class EvaluateConfig:
     """JSON file with the task sentence of each set by its folder's name."""
     dtype: Literal["auto"] | ComputeDtype = "auto"
     """Compute dtype; auto is bfloat16 where the processor has it, else float32."""
+    weights: Weights = "float"
+    """int8 rounds the embedder's as --weights of embed_corpus does; float32 only."""
 
     def __post_init__(self) -> None:
         parse_metrics(self.metrics)
@@ -143,6 +145,7 @@ def _evaluate_models(config: EvaluateConfig) -> dict[str, Any]:
         instructions=models.read_instructions(config.instructions),
         dtype=config.dtype,
         split=config.split,
+        weights=config.weights,
     )
     summary = models.measure_models(under_test, parse_metrics(config.metrics))
     log.info("%d sets\n%s", len(config.datasets), models.format_tasks(summary))

@@ -30,7 +30,7 @@ from qbatch.models.reranker import Reranker, RerankerConfig
 from qbatch.models.tokenization import TextTokenizer
 from qbatch.pipelines.evaluation_queries import queries_of
 from qbatch.pipelines.rerank_sources import full_texts
-from qbatch.schema import ComputeDtype
+from qbatch.schema import ComputeDtype, Weights
 from qbatch.storage import read_object
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ class ModelsUnderTest:
     """By name of the set."""
     dtype: Literal["auto"] | ComputeDtype
     split: str
+    weights: Weights = "float"
+    """Of the embedder; int8 computes in float32, whatever the reranker's dtype is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,7 +197,12 @@ class _EmbeddingModel:
 
     def __init__(self, under_test: ModelsUnderTest) -> None:
         path = resolve_model(under_test.model, under_test.revision)
-        config = EmbedderConfig(model_path=path, dtype=under_test.dtype, dim=under_test.dim)
+        config = EmbedderConfig(
+            model_path=path,
+            dtype=under_test.dtype,
+            weights=under_test.weights,
+            dim=under_test.dim,
+        )
         self._embedder: Embedder = config.build()
         self._tokenizer = TextTokenizer.load(path)
 

@@ -16,7 +16,7 @@ import ray
 
 from qbatch.corpus.spans import Unit
 from qbatch.errors import IntegrityError
-from qbatch.index.columns import check_same_space
+from qbatch.index.columns import check_same_space, weights_of
 from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish_change
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import load_spec
@@ -75,6 +75,7 @@ def scoring_task(
         model=model.model,
         revision=model.revision,
         max_tokens=model.embedding["max_tokens"],
+        weights=weights_of(model.embedding),
         dims=(model.dim,),
     )
     task = ScoringTask(

@@ -21,6 +21,7 @@ from qbatch.models.server import ServerConfig
 from qbatch.pipelines.embed import EmbedCorpusConfig, make_task
 from qbatch.pipelines.embed_estimate import read_sample
 from qbatch.pipelines.embed_forward import build_embedder, embed_passages
+from qbatch.pipelines.embed_task import EmbedTask
 from qbatch.schema import ComputeDtype
 
 _NEIGHBOURS = 10
@@ -48,6 +49,8 @@ class ParityConfig:
     """What the server calls the model; None is --model as given."""
     other_dtype: ComputeDtype | None = None
     """The second engine, without --endpoint: the model in this process, in another dtype."""
+    other_weights: Literal["int8"] | None = None
+    """The second engine, without --endpoint: the model in this process, with int8 weights."""
     num_texts: int = 256
     """How many passages are compared."""
     min_cosine: float = 0.999
@@ -56,16 +59,15 @@ class ParityConfig:
     """Mean share of the ten nearest texts that both find."""
 
     def __post_init__(self) -> None:
-        if (self.endpoint is None) == (self.other_dtype is None):
-            raise ConfigError(
-                f"endpoint is {self.endpoint!r} and other_dtype is {self.other_dtype!r}; give one "
-                "of them, the engine to compare with"
-            )
+        names = ("endpoint", "other_dtype", "other_weights")
+        others = {name: getattr(self, name) for name in names}
+        if sum(value is not None for value in others.values()) != 1:
+            raise ConfigError(f"given are {others}; give one of them, the engine to compare with")
         if self.num_texts <= _NEIGHBOURS:
             raise ConfigError(f"num_texts is {self.num_texts}; give more than {_NEIGHBOURS}")
 
     def server(self) -> ServerConfig | None:
-        """Return the server, None for another dtype."""
+        """Return the server, None for another dtype or int8 weights."""
         if self.endpoint is None:
             return None
         return ServerConfig(endpoint=self.endpoint, model=self.served_model or self.model)
@@ -89,7 +91,7 @@ def parity(config: ParityConfig) -> dict[str, Any]:
             f"{len(passages)} passages in the sample of {config.input}; give more than "
             f"{_NEIGHBOURS} texts to compare"
         )
-    other = replace(task, server=config.server(), dtype=config.other_dtype or task.dtype)
+    other = _other_task(task, config)
     first, second = (embed_passages(build_embedder(t), passages) for t in (task, other))
     found = compare(first, second)
     if found["cosine_min"] < config.min_cosine or found["overlap"] < config.min_overlap:
@@ -99,6 +101,12 @@ def parity(config: ParityConfig) -> dict[str, Any]:
             "and pooling of both are the same"
         )
     return {"texts": len(passages), "may_share_an_index": True, **found}
+
+
+def _other_task(task: EmbedTask, config: ParityConfig) -> EmbedTask:
+    if config.other_weights is not None:
+        return replace(task, dtype="float32", weights=config.other_weights)
+    return replace(task, server=config.server(), dtype=config.other_dtype or task.dtype)
 
 
 def compare(first: np.ndarray, second: np.ndarray) -> dict[str, float]:

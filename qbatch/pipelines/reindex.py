@@ -20,9 +20,14 @@ from qbatch.lease import hold_lease
 from qbatch.manifest import fingerprint_id
 from qbatch.models.embedder import resolve_device, resolve_dtype
 from qbatch.pipelines.build_index import BuildIndexConfig, build_index
-from qbatch.pipelines.cluster import plan_pool, ray_session
+from qbatch.pipelines.cluster import ray_session
 from qbatch.pipelines.compute_dtype import compute_dtype
-from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus, planned_fingerprint
+from qbatch.pipelines.embed import (
+    EmbedCorpusConfig,
+    embed_corpus,
+    plan_embed_pool,
+    planned_fingerprint,
+)
 from qbatch.pipelines.precompute import Mode, PrecomputeConfig, precompute
 from qbatch.pipelines.release_gates import GatesConfig, check_gates, format_gates
 from qbatch.release import Release, TableRef, latest_release, open_release, publish_release
@@ -212,7 +217,7 @@ def reindex(config: ReindexConfig) -> dict[str, Any]:
 
 def _estimate(config: ReindexConfig, storage: Storage) -> dict[str, Any]:
     """Return what a night would do, for ``--dry-run``."""
-    dtype = resolve_dtype(config.embed.dtype, resolve_device())
+    dtype = resolve_dtype(config.embed.wanted_dtype, resolve_device())
     directory = model_directory(replace(config.embed, dtype=dtype))
     current = latest_release(storage)
     return {
@@ -308,8 +313,8 @@ class _Night:
         """Run the jobs, each on exactly what the one before published."""
         config = self.config
         embed = config.embed
-        pool = plan_pool(embed.min_actors, embed.max_actors, embed.gpus_per_actor)
-        dtype = compute_dtype(embed.dtype, pool.gpus_per_actor)
+        pool = plan_embed_pool(embed)
+        dtype = compute_dtype(embed.wanted_dtype, pool.gpus_per_actor)
         config = replace(config, embed=replace(embed, dtype=dtype))
         directory = model_directory(config.embed)
         self._done("vectors", directory, embed_corpus(config.embed_step(directory)))

@@ -19,7 +19,7 @@ import ray
 
 from qbatch.corpus.config import Format
 from qbatch.errors import ConfigError, IntegrityError, NoInputError
-from qbatch.index.columns import VectorColumn, check_same_space
+from qbatch.index.columns import VectorColumn, check_same_space, weights_of
 from qbatch.index.device import has_gpu_kernels
 from qbatch.index.filters import filter_columns
 from qbatch.index.searching import SearchOptions
@@ -240,6 +240,7 @@ def embed_config(config: SearchIndexConfig, index: Generation) -> EmbedCorpusCon
         queries=True,
         max_tokens=embedding["max_tokens"],
         dtype=embedding["dtype"],
+        weights=weights_of(embedding),
         dims=(index.fingerprint["dim"],),
         stall_timeout_s=config.stall_timeout_s,
         single_writer=config.single_writer,
