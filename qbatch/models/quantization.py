@@ -3,6 +3,10 @@
 Each row of a weight has one scale, found once; each token has its own in every layer, so that one
 with a very large component, as decoders have them, does not cost the others of its pack their bits,
 and a vector does not depend on what shares its pack beyond the rounding of float32.
+
+torch.ao.quantization.quantize_dynamic (torch 2.13, deprecated) has one scale a pack, of seven bits:
+MiniLM's vectors of 60 package descriptions kept a cosine of 0.973 (mean) to float32 (here 0.997),
+and up to 0.042 of it depended on the pack (here 2e-7), at 1.2 times the speed.
 """
 
 from typing import Any

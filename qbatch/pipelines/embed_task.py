@@ -35,9 +35,9 @@ class EmbedTask:
     dims: tuple[int, ...]
     normalize: bool
     dtype: ComputeDtype
-    weights: Weights
     token_budget: int | None
     vector_dtype: VectorDtype
+    weights: Weights = "float"
     scales: tuple[float, ...] = ()
     """int8 only: what each width is multiplied with before rounding."""
     server: ServerConfig | None = None
