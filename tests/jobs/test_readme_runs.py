@@ -45,7 +45,8 @@ def clone(tmp_path_factory, s3_endpoint) -> Path:
     s3fs.S3FileSystem().mkdir(BUCKET.removeprefix("s3://"))
     for uri in (f"{folder}/my", BUCKET):
         write_corpus(Storage(uri))
-    write_beir(folder / "beir" / "scifact")
+    for path in ("beir/scifact", "my/beir"):
+        write_beir(folder / path)
     for name, rows in {"synthetic": 2500, "labelled": 600}.items():
         file = write_pairs(folder / f"{name}.parquet", rows)
         Storage(f"{BUCKET}/{name}").write("pairs.parquet", file.read_bytes())
