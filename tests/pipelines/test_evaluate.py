@@ -175,5 +175,5 @@ def test_flags():
     assert names == [
         *("run", "qrels", "metrics", "compare_to", "split", "seed", "output"),
         *("model", "datasets", "revision", "dim", "reranker", "reranker_revision"),
-        *("rerank_depth", "instruction", "instructions", "dtype"),
+        *("rerank_depth", "instruction", "instructions", "dtype", "weights"),
     ]
