@@ -44,7 +44,7 @@ test-slow: assets ## run the tests that take longer than a minute
 faults: venv ## let 200 seeded faults happen in every job: no row may be lost or doubled
 	@$(PY) -m tests.faults.harness --cases 200
 
-bundled-models: venv ## train the bundled models anew, as their cards say (hours on two cores)
+bundled-models: venv ## train small models from scratch; README says how far that got (hours)
 	@$(PY) -m qbatch.quickstart.training_texts --output bundled-models/texts
 	@$(PY) jobs/train_embedder.py --config jobs/configs/bundled-weakly-trained.toml
 	@$(PY) jobs/embed_corpus.py --input bundled-models/texts/corpus --output bundled-models/vectors \

@@ -6,20 +6,17 @@ For a person's eyes; programs read the run itself.
 """
 
 import argparse
-import json
 import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
-from typing import Any
 
 import pyarrow.compute as pc
 
 from qbatch.errors import QbatchError
-from qbatch.quickstart.bundled import CORPUS, QUERIES
+from qbatch.quickstart.bundled import CORPUS, QUERIES, read_jsonl
 from qbatch.tables import open_table
 
 _CELL = 34
@@ -102,18 +99,14 @@ def _cell(hit: Hit | None, documents: Mapping[str, Mapping[str, str]]) -> str:
     return f"{hit.score:5.2f}  {textwrap.shorten(title, _CELL - 7, placeholder='...'):{_CELL - 7}}"
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def main() -> int:
     """Print the answers to the bundled questions."""
     parser = argparse.ArgumentParser(prog="python -m qbatch.quickstart.answers")
     parser.add_argument("--run", required=True, help="URI of a published run")
     parser.add_argument("--reranked", required=True, help="URI of the same run, reranked")
     arguments = parser.parse_args()
-    queries = {row["query_id"]: row["text"] for row in _read_jsonl(QUERIES)}
-    documents = {row["doc_id"]: row for row in _read_jsonl(CORPUS)}
+    queries = {row["query_id"]: row["text"] for row in read_jsonl(QUERIES)}
+    documents = {row["doc_id"]: row for row in read_jsonl(CORPUS)}
     try:
         retrieved, reranked = read_answers(arguments.run), read_answers(arguments.reranked)
     except QbatchError as e:

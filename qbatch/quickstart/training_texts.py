@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from qbatch.errors import StorageError
 from qbatch.quickstart import assets
-from qbatch.quickstart.bundled import CORPUS
+from qbatch.quickstart.bundled import CORPUS, read_jsonl
 from qbatch.quickstart.starting_point import write_start
 
 HELD_OUT = 0x10
@@ -153,7 +153,7 @@ def wordnet_pairs(
 
 def bundled_definitions() -> set[str]:
     """Return the definitions in the bundled corpus, lower case."""
-    rows = _read_lines(CORPUS)
+    rows = read_jsonl(CORPUS)
     return {row["text"].partition('; "')[0].lower() for row in rows}
 
 
@@ -202,16 +202,11 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     path.write_text("".join(lines), "utf-8")
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def write_all(output: Path, *, seed: int = 0) -> dict[str, int]:
     """Write pairs, start and evaluation sets; return the number of pairs of each table."""
     rng = random.Random(seed)
-    trained, held_out = split_descriptions(_read_lines(assets.fetch_debian_descriptions()))
-    meanings = _read_lines(assets.fetch_wordnet())
+    trained, held_out = split_descriptions(read_jsonl(assets.fetch_debian_descriptions()))
+    meanings = read_jsonl(assets.fetch_wordnet())
     tables = {
         "retrieval/descriptions": list(description_pairs(trained)),
         "retrieval/translations": list(translation_pairs(trained, rng)),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from qbatch.models.backbone import load_weights
 from qbatch.models.hub import resolve_model
@@ -50,17 +50,15 @@ def starting_model(start: Start, kind: ModelKind, scratch: Path) -> Path:
     if start.model is not None:
         path = resolve_model(start.model, start.revision)
         if kind == "reranker" and _lacks_head(path):
-            return _with_head(path, scratch)
+            model = load_weights(AutoModelForCausalLM, path, torch.float32, torch.device("cpu"))
+            return _write_start(model, path, scratch)
         return path
     source = Path(start.init_config or "")
     config = read_config(source)
     torch.manual_seed(start.seed)
     auto_class = AutoModel if kind == "embedder" else AutoModelForCausalLM
     model = auto_class.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]  # transformers'
-    write_weights(scratch, model.state_dict(), torch.float32, is_tied=config.tie_word_embeddings)
-    write_config(source, scratch, torch.float32, {"architectures": [type(model).__name__]})
-    copy_tokenizer(source, scratch)
-    return scratch
+    return _write_start(model, source, scratch)
 
 
 def _lacks_head(path: Path) -> bool:
@@ -68,12 +66,12 @@ def _lacks_head(path: Path) -> bool:
     return (config.architectures or [""])[0].endswith("Model") and config.tie_word_embeddings
 
 
-def _with_head(path: Path, folder: Path) -> Path:
-    """Write the causal model that shares its embedding table with the base model in ``path``."""
-    model = load_weights(AutoModelForCausalLM, path, torch.float32, torch.device("cpu"))
-    write_weights(folder, model.state_dict(), torch.float32, is_tied=True)
-    write_config(path, folder, torch.float32, {"architectures": [type(model).__name__]})
-    copy_tokenizer(path, folder)
+def _write_start(model: PreTrainedModel, source: Path, folder: Path) -> Path:
+    """Write a float32 model, with the config and tokenizer of ``source``, and return its folder."""
+    is_tied = model.config.tie_word_embeddings
+    write_weights(folder, model.state_dict(), torch.float32, is_tied=is_tied)
+    write_config(source, folder, torch.float32, {"architectures": [type(model).__name__]})
+    copy_tokenizer(source, folder)
     return folder
 
 

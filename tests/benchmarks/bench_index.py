@@ -72,8 +72,9 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         found |= {"searches": searches, "autofaiss": peer, "recalls": recalls}
         options.json.write_text(json.dumps(found, indent=1))
     rows = [build_row(builds, idle, options)] if options.train_pairs else []
-    rows.append(search_row(searches, options))
-    return rows if peer is None else [*rows, *peer_rows(builds[0]["job"], searches, peer, options)]
+    searched = search_row(searches, options)
+    peers = [] if peer is None else peer_rows(builds[0]["job"], searched.ours, peer, options)
+    return [*rows, searched, *peers]
 
 
 def build_row(builds: list[dict], idle: dict, options: argparse.Namespace) -> Row:
@@ -89,16 +90,14 @@ def build_row(builds: list[dict], idle: dict, options: argparse.Namespace) -> Ro
     )
 
 
-def peer_rows(
-    build: dict, searches: list[dict], peer: dict, options: argparse.Namespace
-) -> list[Row]:
-    """Return the rows of autofaiss: reading and building, then searching at its own settings."""
+def peer_rows(build: dict, ours: float, peer: dict, options: argparse.Namespace) -> list[Row]:
+    """Return the rows of autofaiss: reading and building, then searching at its own settings.
+
+    ``ours`` is what the search job answers, in queries/s.
+    """
     if "failed" in peer:
         return []
     size = f"{options.rows:,} x {options.dim}"
-    ours = options.queries / statistics.median(
-        pair["job"]["summary"]["seconds"]["searching"] for pair in searches
-    )
     build_row = Row.of_turns(
         [(build["seconds"]["job"] + startup_s(build), peer["build_s"])],
         options.rows,

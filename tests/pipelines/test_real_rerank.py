@@ -1,6 +1,5 @@
 """Real weights on real questions: retrieval by MiniLM, reranked by small language models."""
 
-import hashlib
 import json
 import random
 from pathlib import Path
@@ -12,6 +11,7 @@ from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus
 from qbatch.pipelines.evaluate import EvaluateConfig, evaluate
 from qbatch.pipelines.rerank import RerankCandidatesConfig, rerank_candidates
 from qbatch.pipelines.search_index import SearchIndexConfig, search_index
+from qbatch.quickstart.training_texts import is_held_out
 from qbatch.tables import open_table
 from tests import assets
 from tests.candidate_tables import write_lines
@@ -25,8 +25,6 @@ pytestmark = [
 
 NUM_QUESTIONS, TOP_K, ANSWER_CHARACTERS = 40, 10, 600
 NUM_PACKAGES, NUM_SYNOPSES, BODY_CHARACTERS = 1500, 60, 400
-HELD_OUT = 0x10
-"""First bytes of the SHA-256 of a package's name below it: never trained on."""
 
 
 def search_first(folder: Path, documents: dict[str, str], questions: dict[str, str]) -> Path:
@@ -78,8 +76,7 @@ def packages_searched(ray_cluster, tmp_path_factory) -> Path:
     for line in assets.debian_descriptions().open(encoding="utf-8"):
         row = json.loads(line)
         name = row["id"].partition(":")[0]
-        digest = hashlib.sha256(name.encode()).digest()
-        if row["lang"] == "en" and len(row["body"]) > 100 and digest[0] < HELD_OUT:
+        if row["lang"] == "en" and len(row["body"]) > 100 and is_held_out(name):
             synopses[name], bodies[name] = row["synopsis"], row["body"][:BODY_CHARACTERS]
     names = random.Random(0).sample(sorted(bodies), NUM_PACKAGES)
     return search_first(

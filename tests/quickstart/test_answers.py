@@ -7,12 +7,10 @@ import pyarrow as pa
 import pytest
 
 from qbatch.errors import NoInputError
-from qbatch.manifest import Generation, publish
-from qbatch.pipelines.unit_files import write_unit_file
 from qbatch.quickstart import bundled
 from qbatch.quickstart.answers import Hit, format_answers, read_answers
-from qbatch.schema import FILES, RUN
-from qbatch.storage import Storage
+from qbatch.schema import RUN
+from tests.published_tables import publish_tables
 
 
 @pytest.fixture
@@ -26,19 +24,7 @@ def run_uri(tmp_path):
         ],
         schema=RUN,
     )
-    storage = Storage(str(tmp_path))
-    record = {"unit_key": "0" * 32, "fingerprint": "", "counts": {}, "rejects": None}
-    entry = {name: write_unit_file(storage, record, table)[name] for name in FILES.names}
-    draft = Generation(
-        kind="run",
-        fingerprint={},
-        config={},
-        counts={},
-        files=pa.Table.from_pylist([entry], schema=FILES),
-        rejects=FILES.empty_table(),
-    )
-    publish(storage, draft, after=0)
-    return storage.uri
+    return publish_tables(str(tmp_path), [table]).storage.uri
 
 
 def test_answers_come_best_first_and_no_more_than_asked(run_uri):
