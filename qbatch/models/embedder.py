@@ -14,14 +14,12 @@ from torch.nn.functional import normalize
 
 from qbatch.errors import ConfigError
 from qbatch.models.backbone import Backbone, load_backbone
+from qbatch.models.devices import check_quantizable, resolve_device, resolve_dtype
 from qbatch.models.embed_stats import EmbedStats
 from qbatch.models.halving import in_halves, shrunk_budget
 from qbatch.models.loading import ModelSpec, load_spec
 from qbatch.models.packing import common_prefix, distinct_texts, gather_tokens, plan_packs
-from qbatch.models.quantization import check_quantizable
-from qbatch.schema import Weights
-
-DtypeName = Literal["float32", "bfloat16", "float16"]
+from qbatch.schema import ComputeDtype, Weights
 
 _GPU_TOKEN_BUDGET = 32_768
 _CPU_TOKEN_BUDGET = {torch.float32: 1_024, torch.bfloat16: 2_048, torch.float16: 2_048}
@@ -37,7 +35,7 @@ class EmbedderConfig:
 
     model_path: Path
     """What ``resolve_model`` returned."""
-    dtype: Literal["auto"] | DtypeName = "auto"
+    dtype: Literal["auto"] | ComputeDtype = "auto"
     """Of weights and activations; ``auto`` is bfloat16 where the processor computes in it."""
     weights: Weights = "float"
     """int8 rounds those of linear layers and computes on the CPU in float32, named or not."""
@@ -231,29 +229,9 @@ class _SortedTexts:
         )
 
 
-def resolve_device(device: str | None = None) -> torch.device:
-    """Return the named device, or the GPU if there is one, or the CPU."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def default_token_budget(device: torch.device, dtype: torch.dtype) -> int:
     """Return the tokens of one forward pass where nothing else is asked for."""
     return _GPU_TOKEN_BUDGET if device.type == "cuda" else _CPU_TOKEN_BUDGET[dtype]
-
-
-def resolve_dtype(dtype: Literal["auto"] | DtypeName, device: torch.device) -> DtypeName:
-    """Return ``dtype``, with ``auto`` as bfloat16 where the device computes in it, else float32.
-
-    Never float16 by itself: released Qwen3-Embedding weights can overflow in it.
-    """
-    if dtype != "auto":
-        return dtype
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        features = torch.cpu.get_capabilities()
-        native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return "bfloat16" if native else "float32"
 
 
 def _check_tokens(ids: np.ndarray, lengths: np.ndarray, spec: ModelSpec) -> None:

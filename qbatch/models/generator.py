@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from qbatch.models.chat import TOO_LONG, ChatReply, ChatRequest
-from qbatch.models.embedder import DtypeName, resolve_device, resolve_dtype
+from qbatch.models.devices import resolve_device, resolve_dtype
 from qbatch.models.loading import read_config, read_json, refuse_remote_code, weight_files
+from qbatch.schema import ComputeDtype
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class GeneratorConfig:
 
     model_path: Path
     """What ``resolve_model`` returned."""
-    dtype: Literal["auto"] | DtypeName = "auto"
+    dtype: Literal["auto"] | ComputeDtype = "auto"
     """Of weights and activations."""
     token_budget: int | None = None
     """Tokens of prompts and answers in one batch, padding included; None means 65,536 on a GPU,

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from qbatch.errors import ConfigError
-
 _LARGEST_WEIGHT = 127
 """Of int8, used on both sides of zero."""
 
@@ -36,26 +34,6 @@ def quantize_linears(model: nn.Module) -> None:
     for parent, name, child in children:
         if isinstance(child, nn.Linear):
             setattr(parent, name, _Int8Linear(child))
-
-
-def check_quantizable(dtype: str, device: str | None) -> None:
-    """Refuse int8 weights where they cannot compute.
-
-    Raises:
-        ConfigError: Another dtype than float32 was asked for, or another device than the CPU, or
-            this torch has no oneDNN.
-    """
-    if dtype not in {"auto", "float32"} or torch.device(device or "cpu").type != "cpu":
-        raise ConfigError(
-            f"weights is 'int8' with dtype {dtype!r} and device {device!r}; allowed are dtype "
-            "'float32' or 'auto' and the CPU. Change those, or leave the weights 'float'"
-        )
-    engines = torch.backends.quantized.supported_engines
-    if "onednn" not in engines:
-        raise ConfigError(
-            f"weights is 'int8', but this torch has the integer kernels {engines}; onednn is "
-            "needed, as torch for x86 has it. Leave the weights 'float'"
-        )
 
 
 class _Int8Linear(nn.Module):

@@ -1,11 +1,9 @@
 """What a model directory says about scoring pairs: which scorer, which head, which limits."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
@@ -20,7 +18,7 @@ from qbatch.models.loading import (
     weight_files,
 )
 from qbatch.models.rerank_prompts import NO, YES
-from qbatch.models.rerank_templates import ScorerName, answer_ids
+from qbatch.models.rerank_templates import ScorerName
 from qbatch.models.rerank_tokens import PairTokenizerSpec
 from qbatch.models.tokenization import TokenizerSpec
 
@@ -33,7 +31,7 @@ _SCORERS: dict[Head, set[ScorerName]] = {
     "encoder-class": {"cross-encoder"},
 }
 
-_CLASS_ROW = "score.weight"
+CLASS_ROW = "score.weight"
 """The one-label head of transformers' decoder classifiers."""
 
 
@@ -102,60 +100,11 @@ def load_reranker_spec(path: Path, scorer: Literal["auto"] | ScorerName = "auto"
     )
 
 
-def read_answer_row(spec: RerankerSpec) -> torch.Tensor:
-    """Return what the last hidden state is multiplied with for the log-odds of yes against no.
-
-    It is the difference of two rows of the language-model head, or the ready-made classifier.
-
-    Returns:
-        float32, shape (hidden_dim,).
-
-    Raises:
-        ConfigError: The checkpoint has no such head.
-    """
-    if spec.head == "decoder-class":
-        return _read_rows(spec.path, _CLASS_ROW, [0])[0]
-    file = str(spec.path / "tokenizer.json")
-    rows = _read_rows(spec.path, _head_name(spec), answer_ids(Tokenizer.from_file(file)))
-    return rows[0] - rows[1]
-
-
-def _head_name(spec: RerankerSpec) -> str:
-    """Return the stored tensor that is the head; the table of embeddings only where it is tied.
-
-    A stored head counts even where the config calls it tied, as it does in transformers.
-    """
-    names = _tensor_files(spec.path)
-    if "lm_head.weight" in names:
-        return "lm_head.weight"
-    tables = [name for name in names if name.endswith("embed_tokens.weight")]
-    if not spec.is_tied or not tables:
-        raise ConfigError(
-            f"No language-model head in {spec.path}: lm_head.weight is missing and "
-            f"tie_word_embeddings is {spec.is_tied}. The scores would be meaningless; copy the "
-            "whole reranker, not its embedding part."
-        )
-    return tables[0]
-
-
-def _read_rows(path: Path, name: str, rows: Sequence[int]) -> torch.Tensor:
-    """Return rows of a stored tensor, float32, without reading the rest of it."""
-    file = _tensor_files(path).get(name)
-    if file is None:
-        raise ConfigError(
-            f"Weights are missing in {path}: {name}. The reranker's head is made of it; copy the "
-            "model again."
-        )
-    with safe_open(file, "pt") as weights:
-        tensor = weights.get_slice(name)
-        picked: list[torch.Tensor] = [tensor[row : row + 1] for row in rows]
-    return torch.cat(picked).float()
-
-
-def _tensor_files(path: Path) -> dict[str, Path]:
+def tensor_files(path: Path) -> dict[str, Path]:
+    """Return the file that holds each stored tensor of a model, by name."""
     files: dict[str, Path] = {}
     for file in weight_files(path):
-        with safe_open(file, "pt") as weights:
+        with safe_open(file, "np") as weights:
             files |= dict.fromkeys(weights.keys(), file)
     return files
 
@@ -174,7 +123,7 @@ def _read_head(path: Path, config: PreTrainedConfig) -> Head:
             f"Unsupported number of labels in {path}: {config.num_labels}; a reranker has 1. "
             "Choose a model trained to rank."
         )
-    return "decoder-class" if _CLASS_ROW in _tensor_files(path) else "encoder-class"
+    return "decoder-class" if CLASS_ROW in tensor_files(path) else "encoder-class"
 
 
 def _choose_scorer(head: Head, path: Path, architecture: str) -> ScorerName:

@@ -16,7 +16,8 @@ from transformers import (
 
 from qbatch.errors import ConfigError
 from qbatch.models.backbone import Backbone, load_weights
-from qbatch.models.rerank_loading import RerankerSpec, read_answer_row
+from qbatch.models.rerank_head import read_answer_row
+from qbatch.models.rerank_loading import RerankerSpec
 from qbatch.models.rerank_packing import PairPack
 
 logger = logging.getLogger(__name__)

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from qbatch.errors import ConfigError
-from qbatch.models.embedder import DtypeName, default_token_budget, resolve_device, resolve_dtype
+from qbatch.models.devices import resolve_device, resolve_dtype
+from qbatch.models.embedder import default_token_budget
 from qbatch.models.halving import in_halves, shrunk_budget
 from qbatch.models.rerank_loading import RerankerSpec, load_reranker_spec
 from qbatch.models.rerank_packing import PairSet
 from qbatch.models.rerank_scorers import Scorer, load_scorer
 from qbatch.models.rerank_templates import ScorerName
 from qbatch.models.rerank_tokens import CandidateGroup, CandidateTokens, PairTokenizer
+from qbatch.schema import ComputeDtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +30,7 @@ class RerankerConfig:
     """What ``resolve_model`` returned."""
     scorer: Literal["auto"] | ScorerName = "auto"
     """How pairs are scored; ``auto`` goes by the checkpoint, see ``load_reranker_spec``."""
-    dtype: Literal["auto"] | DtypeName = "auto"
+    dtype: Literal["auto"] | ComputeDtype = "auto"
     """Of weights and activations; ``auto`` is bfloat16 where the processor computes in it."""
     max_tokens: int | None = None
     """Longest pair, prompt included; None means the model's limit, at most 8,192."""

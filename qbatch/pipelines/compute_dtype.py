@@ -4,7 +4,7 @@ from typing import Literal
 
 import ray
 
-from qbatch.models.embedder import resolve_device, resolve_dtype
+from qbatch.models.devices import resolve_device, resolve_dtype
 from qbatch.schema import ComputeDtype
 
 

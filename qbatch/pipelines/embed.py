@@ -22,11 +22,10 @@ from qbatch.corpus.reasons import DROPPED_REASONS, num_row_rejects
 from qbatch.corpus.units import plan_units
 from qbatch.errors import BadInputError, ConfigError, IntegrityError
 from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish_change
-from qbatch.models.embedder import resolve_device, resolve_dtype
+from qbatch.models.devices import check_quantizable, resolve_device, resolve_dtype
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import ModelSpec, load_spec, read_config, weights_sha256
 from qbatch.models.prompts import document_prompt, query_prompt
-from qbatch.models.quantization import check_quantizable
 from qbatch.models.roofline import flops_per_token
 from qbatch.models.server import ServerConfig
 from qbatch.pipelines.cluster import (

@@ -4,12 +4,12 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from qbatch.models.embed_stats import EmbedStats
-from qbatch.models.embedder import Embedder, EmbedderConfig
 from qbatch.models.hub import resolve_model
 from qbatch.models.packing import distinct_texts, plan_packs
 from qbatch.models.remote_embedder import RemoteEmbedder
@@ -17,8 +17,11 @@ from qbatch.pipelines.embed_task import EmbedTask, unit_row, unit_table
 from qbatch.pipelines.trial import CarefulActor, Trial
 from qbatch.schema import vector_array
 
+if TYPE_CHECKING:
+    from qbatch.models.embedder import Embedder
 
-def build_embedder(task: EmbedTask, num_threads: int | None = None) -> Embedder | RemoteEmbedder:
+
+def build_embedder(task: EmbedTask, num_threads: int | None = None) -> "Embedder | RemoteEmbedder":
     """Load the model of a task in this process, or prepare to ask its server."""
     if task.server is not None:
         return RemoteEmbedder(
@@ -27,6 +30,8 @@ def build_embedder(task: EmbedTask, num_threads: int | None = None) -> Embedder 
             normalize=task.normalize,
             token_budget=task.token_budget,
         )
+    from qbatch.models.embedder import EmbedderConfig  # noqa: PLC0415 - drivers need no torch
+
     config = EmbedderConfig(
         model_path=resolve_model(task.model, task.revision),
         dtype=task.dtype,
@@ -93,7 +98,7 @@ class EmbedActor(CarefulActor):
 
 
 def embed_passages(
-    embedder: Embedder | RemoteEmbedder,
+    embedder: "Embedder | RemoteEmbedder",
     passages: pa.Table,
     on_pack: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
@@ -106,7 +111,7 @@ def _tokens(passages: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return ids.flatten().to_numpy(zero_copy_only=False), passages["num_tokens"].to_numpy()
 
 
-def _pack_stats(before: EmbedStats, embedder: Embedder | RemoteEmbedder) -> dict[str, int]:
+def _pack_stats(before: EmbedStats, embedder: "Embedder | RemoteEmbedder") -> dict[str, int]:
     after = embedder.stats
     return {
         "tokens_packed": after.num_computed - before.num_computed,

@@ -14,7 +14,7 @@ from qbatch.corpus.config import Format
 from qbatch.corpus.listing import resolve_config
 from qbatch.corpus.units import plan_units
 from qbatch.errors import BadInputError, ConfigError, QualityGateError
-from qbatch.models.embedder import resolve_device, resolve_dtype
+from qbatch.models.devices import resolve_device, resolve_dtype
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import load_spec
 from qbatch.models.server import ServerConfig

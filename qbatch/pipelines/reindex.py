@@ -18,7 +18,7 @@ from qbatch.corpus.config import Format
 from qbatch.errors import CommitRaceLostError, ConfigError, QbatchError, QualityGateError
 from qbatch.lease import hold_lease
 from qbatch.manifest import fingerprint_id
-from qbatch.models.embedder import resolve_device, resolve_dtype
+from qbatch.models.devices import resolve_device, resolve_dtype
 from qbatch.pipelines.build_index import BuildIndexConfig, build_index
 from qbatch.pipelines.cluster import ray_session
 from qbatch.pipelines.compute_dtype import compute_dtype

@@ -22,7 +22,7 @@ from qbatch.corpus.listing import resolve_config
 from qbatch.corpus.reasons import DROPPED_REASONS, num_row_rejects
 from qbatch.errors import BadInputError, ConfigError, IntegrityError
 from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish_change
-from qbatch.models.embedder import resolve_device, resolve_dtype
+from qbatch.models.devices import resolve_device, resolve_dtype
 from qbatch.models.rerank_prompts import TEMPLATE_VERSION
 from qbatch.models.rerank_templates import ScorerName
 from qbatch.pipelines.cluster import (

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +13,13 @@ import pyarrow as pa
 from qbatch.corpus.reasons import KILLED_PROCESS, NON_FINITE_SCORE
 from qbatch.models.hub import resolve_model
 from qbatch.models.rerank_tokens import CandidateTokens
-from qbatch.models.reranker import Reranker, RerankerConfig
 from qbatch.pipelines.embed_task import unit_row, unit_table
 from qbatch.pipelines.rerank_pairs import pair_rejects
 from qbatch.pipelines.rerank_task import RerankStage, RerankTask, query_bounds, tokens_of
 from qbatch.pipelines.trial import CarefulActor, Trial
+
+if TYPE_CHECKING:
+    from qbatch.models.reranker import Reranker
 
 Tokens = Mapping[int, list[CandidateTokens]]
 """The unit's queries as each tokenizer of the cascade reads them."""
@@ -25,8 +27,10 @@ Tokens = Mapping[int, list[CandidateTokens]]
 
 def build_reranker(
     task: RerankTask, stage: RerankStage, num_threads: int | None = None
-) -> Reranker:
+) -> "Reranker":
     """Load one model of a task in this process."""
+    from qbatch.models.reranker import RerankerConfig  # noqa: PLC0415 - drivers need no torch
+
     config = RerankerConfig(
         model_path=resolve_model(stage.model, stage.revision),
         scorer=stage.spec.scorer,

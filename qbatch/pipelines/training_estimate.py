@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from qbatch.models.embedder import resolve_device, resolve_dtype
+from qbatch.models.devices import resolve_device, resolve_dtype
 from qbatch.pipelines.embed_estimate import token_histogram
 from qbatch.pipelines.training_config import TrainingConfig
 from qbatch.training.loop import PlannedStage, Settings, plan_stages

@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 
 from qbatch.errors import ConfigError, QualityGateError, StorageError
-from qbatch.models.embedder import resolve_device
+from qbatch.models.devices import resolve_device
 from qbatch.storage import Storage
 from qbatch.training.checkpoints import (
     History,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qbatch.models.embedder import resolve_dtype
+from qbatch.models.devices import resolve_dtype
 from tests.benchmarks import (
     bench_embed_engine,
     bench_embed_job,

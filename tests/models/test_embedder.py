@@ -13,7 +13,8 @@ from transformers import AutoModel, BertModel, MPNetConfig, MPNetModel, XLMRober
 from qbatch.errors import ConfigError
 from qbatch.models import backbone
 from qbatch.models.backbone import Backbone
-from qbatch.models.embedder import Embedder, EmbedderConfig, resolve_dtype
+from qbatch.models.devices import resolve_dtype
+from qbatch.models.embedder import Embedder, EmbedderConfig
 from qbatch.models.tokenization import TextTokenizer, TokenBatch
 from qbatch.models.vectors import truncate_normalise
 from tests import assets
