@@ -27,6 +27,7 @@ from qbatch.index.searching import (
 )
 from qbatch.index.stored import LoadedShard, StoredShard, load_shard
 from qbatch.manifest import fingerprint_id
+from qbatch.pipelines.compute_thread import ComputeThread
 from qbatch.pipelines.index_parts import read_part
 from qbatch.pipelines.search_queries import Queries, QueryBlock
 from qbatch.pipelines.search_task import SearchTask
@@ -52,7 +53,7 @@ class SearchActor:
         self._held = -1
         self._searchers: dict[int, ShardSearcher] = {}
         self._files: dict[str, pa.Table] = {}
-        self._lock = threading.Lock()
+        self._thread = ComputeThread()
         self._file_lock = threading.Lock()
 
     def search(self, block: QueryBlock, group: int, shards: Sequence[int]) -> dict[str, Any]:
@@ -70,13 +71,7 @@ class SearchActor:
         seconds: dict[str, float] = {}
         with _timed(seconds, "read"):
             queries = self._read(block)
-        with self._lock:
-            use_threads(self._task.num_threads)
-            with _timed(seconds, "load"):
-                self._hold(group)
-            ready_at = time.time()
-            with _timed(seconds, "search"):
-                tables = self._search(queries, shards)
+        tables, ready_at = self._thread.run(self._search_group, queries, group, shards, seconds)
         with _timed(seconds, "write"):
             output = self._store(block, queries, tables)
         return {"seconds": seconds, "span": (ready_at, time.time()), "output": output}
@@ -89,6 +84,17 @@ class SearchActor:
                 self._files[block.path] = self._task.source.read_file(block)
             file = self._files[block.path]
         return self._task.source.queries(file, block)
+
+    def _search_group(
+        self, queries: Queries, group: int, shards: Sequence[int], seconds: dict[str, float]
+    ) -> tuple[dict[int, pa.Table], float]:
+        """Return the hits of each shard, and when the shards were there."""
+        use_threads(self._task.num_threads)
+        with _timed(seconds, "load"):
+            self._hold(group)
+        ready_at = time.time()
+        with _timed(seconds, "search"):
+            return self._search(queries, shards), ready_at
 
     def _hold(self, group: int) -> None:
         if self._held == group:

@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext
 
 from qbatch.pipelines.cluster import PoolPlan, cluster_resources
+from qbatch.pipelines.compute_thread import ComputeThread
 from qbatch.pipelines.deaths import Guard, start_record
 from qbatch.pipelines.embed_resume import Plan
 from qbatch.pipelines.trial import CarefulActor, Trial
@@ -146,13 +147,18 @@ def _silence_s(stages: Stages) -> float | None:
 
 
 def _guarded(actor: type, guard: Guard) -> type:
-    """Return a class like ``actor``, and of its name, whose calls are guarded."""
+    """Return a class like ``actor``, and of its name, whose calls are guarded, in one thread."""
 
     class Guarded(actor):  # type: ignore[misc]  # known at run time only
         on_pack = staticmethod(guard.beat)
 
+        def __init__(self, **arguments: Any) -> None:  # noqa: ANN401 - the actor's own
+            self._thread = ComputeThread()
+            self._thread.run(super().__init__, **arguments)
+
         def __call__(self, batch: pa.Table) -> pa.Table:
-            return guard.run(batch, super().__call__, getattr(super(), "careful", None))
+            careful = getattr(super(), "careful", None)
+            return self._thread.run(guard.run, batch, super().__call__, careful)
 
     Guarded.__name__ = Guarded.__qualname__ = actor.__name__
     return Guarded
