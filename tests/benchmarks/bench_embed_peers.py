@@ -4,7 +4,9 @@
 
 All sides embed the same descriptions by MiniLM in float32 with the same number of threads, read
 them from JSON lines and write Parquet, and take turns. The clock runs from the start of a side's
-process to its end, so the start of Ray, imports and the loading of the model are in it.
+process to its end, so the start of Ray, imports and the loading of the model are in it. The texts
+are those that the model takes whole: of longer ones the scripts would embed the beginning only,
+where the job embeds all of it, passage by passage.
 
 ``sentence-transformers`` is its ``encode``; ``Ray Data`` is ``map_batches`` with an actor of it;
 ``Daft`` is its ``embed_text``, in an environment of its own on top of this one's packages.
@@ -23,6 +25,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from qbatch.models.loading import load_spec
+from qbatch.models.tokenization import TextTokenizer
 from tests.benchmarks.bench_embed_engine import describe_machine, read_texts, require
 from tests.benchmarks.table import Row
 
@@ -80,7 +84,8 @@ SCRIPTS = {
 def main(arguments: list[str] | None = None) -> list[Row]:
     """Run the turns, print a line for each, and return a row for each opponent."""
     options = parse_options(arguments)
-    model, texts = require("minilm"), read_texts(None, options.num_texts)
+    model = require("minilm")
+    texts = read_fitting_texts(model, options.num_texts)
     print(describe_machine(options.threads, len(texts)))
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder, "corpus")
@@ -111,6 +116,14 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", nargs="+", default=list(GOALS), choices=list(GOALS))
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
+
+
+def read_fitting_texts(model: Path, num_texts: int) -> list[str]:
+    """Return texts that are shorter than the model's limit."""
+    texts = read_texts(None, 2 * num_texts)
+    limit = load_spec(model).max_tokens
+    lengths = TextTokenizer.load(model, limit).encode(texts).lengths
+    return [text for text, n in zip(texts, lengths, strict=True) if n < limit][:num_texts]
 
 
 def write_corpus(corpus: Path, texts: list[str]) -> None:
