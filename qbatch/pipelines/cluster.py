@@ -40,6 +40,8 @@ class PoolPlan:
     cpus_per_actor: float
     """What Ray books: together at most half of all, so that reading and writing never starve."""
     threads_per_actor: int
+    cpus_per_task: float
+    """What Ray books for reading and writing: actors leave so much free on at least one node."""
 
 
 @contextmanager
@@ -155,13 +157,15 @@ def plan_pool(
         gpus_per_actor=gpus_per_actor,
         cpus_per_actor=min(booked, node_cpus),
         threads_per_actor=max(1, min(num_cpus // most, node_cpus)),
+        # Half of all processors are free: on average half of a node's.
+        cpus_per_task=min(1.0, node_cpus / 2),
     )
 
 
 def _booked_cpus(num_cpus: int, num_actors: int, *, has_gpus: bool) -> float:
     """Return what Ray books for an actor: half of all together, and never the last whole one.
 
-    Tasks that read and write book a whole processor; without one left they would wait for ever.
+    Tasks that read and write book processors too; with none left they would wait for ever.
     """
     share = min(num_cpus / 2, num_cpus - 1) / num_actors
     return min(1.0, share) if has_gpus else share

@@ -97,6 +97,7 @@ def _run(
 ) -> Iterator[Mapping[str, Any]]:
     # Ray tries for ever what died; the guards count, and end it.
     unit_at_a_time: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    as_task: dict[str, Any] = {"num_cpus": pool.cpus_per_task, "max_retries": -1}
     guard = partial(Guard, record=record, is_last_try=is_last_try)
     dataset = ray.data.from_arrow_refs(references).map_batches(
         partial(
@@ -105,7 +106,7 @@ def _run(
             plain=stages.read,
             careful=stages.read_carefully,
         ),
-        max_retries=-1,
+        **as_task,
         **unit_at_a_time,
     )
     if stages.actor is not None:
@@ -121,7 +122,7 @@ def _run(
         )
     dataset = dataset.map_batches(
         partial(_run_guarded, guard=guard(stage="writing"), plain=stages.write),
-        max_retries=-1,
+        **as_task,
         **unit_at_a_time,
     )
     batch: Any  # Arrow tables, as asked for

@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         gpus_per_actor=0.0,
         cpus_per_actor=_BOOKED,
         threads_per_actor=1,
+        cpus_per_task=1.0,
     )
     stages = Stages(
         read=_pass_on,

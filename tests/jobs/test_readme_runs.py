@@ -101,6 +101,7 @@ def stand_ins(url: str) -> dict[str, str]:
         "1024,512,256,128": "32,16",
         "http://host:8000/v1": url,
         "s3://bucket": BUCKET,
+        "/models/embedder": "embedder",  # in the image of the cluster
         "other/run": "my/run",
     }
 

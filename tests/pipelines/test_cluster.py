@@ -55,6 +55,22 @@ def test_no_actor_books_more_than_a_node_has(monkeypatch, num_nodes, node_cpus, 
     assert pool.threads_per_actor == node_cpus
 
 
+@pytest.mark.parametrize("node_cpus", [1, 2, 3])
+@pytest.mark.parametrize("num_actors", [1, 2, 4])
+def test_a_reader_fits_wherever_the_actors_went(monkeypatch, node_cpus, num_actors):
+    nodes = 2
+    monkeypatch.setattr(cluster, "cluster_resources", lambda: {"CPU": nodes * node_cpus})
+    monkeypatch.setattr(cluster, "most_node_cpus", lambda: node_cpus)
+    pool = plan_pool(num_actors, num_actors, None)
+    placed = 0
+    for on_first in range(num_actors + 1):
+        left = [node_cpus - n * pool.cpus_per_actor for n in (on_first, num_actors - on_first)]
+        if min(left) >= 0:
+            placed += 1
+            assert max(left) >= pool.cpus_per_task > 0
+    assert placed
+
+
 ON_DECLARED_GPUS = """
 import json, sys, threading
 import ray
@@ -73,28 +89,60 @@ print(json.dumps({"fewest_free": min(free), "summary": summary}))
 """
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_two_actors_hold_one_declared_gpu_each(tiny_model, tmp_path):
-    for i in range(8):
-        (tmp_path / f"{i}.jsonl").write_text(f'{{"doc_id": "{i}", "text": "text {i}"}}\n' * 20)
-    config = {
-        "input": str(tmp_path / "*.jsonl"),
-        "output": str(tmp_path / "out"),
-        "model": tiny_model,
-        "dtype": "float32",
-        "min_actors": 2,
-        "unit_bytes": 700,
-    }
+ON_SMALL_NODES = """
+import json, sys
+import ray
+from ray.cluster_utils import Cluster
+from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus
+
+node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 2**27}
+cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+cluster.add_node(**node)
+ray.init(address=cluster.address)
+print(json.dumps(embed_corpus(EmbedCorpusConfig(**json.loads(sys.argv[1])))), flush=True)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def run_script(script: str, config: dict[str, object]) -> dict:
+    """Run a script in a process of its own; return what its last line says."""
     done = subprocess.run(
-        [sys.executable, "-c", ON_DECLARED_GPUS, json.dumps(config)],
+        [sys.executable, "-c", script, json.dumps(config)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def small_job(folder: Path, model: str) -> dict[str, object]:
+    """Write a corpus of 160 documents; return the job that embeds it by two actors."""
+    for i in range(8):
+        (folder / f"{i}.jsonl").write_text(f'{{"doc_id": "{i}", "text": "text {i}"}}\n' * 20)
+    return {
+        "input": str(folder / "*.jsonl"),
+        "output": str(folder / "out"),
+        "model": model,
+        "dtype": "float32",
+        "min_actors": 2,
+        "unit_bytes": 700,
+    }
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_actors_leave_room_on_two_nodes_of_one_processor(tiny_model, tmp_path):
+    config = small_job(tmp_path, tiny_model) | {"max_actors": 2, "stall_timeout_s": 60}
+    assert run_script(ON_SMALL_NODES, config)["passages"] == 160
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_actors_hold_one_declared_gpu_each(tiny_model, tmp_path):
+    result = run_script(ON_DECLARED_GPUS, small_job(tmp_path, tiny_model))
     assert result["fewest_free"] == 0
     assert result["summary"]["passages"] == 160
     table = open_vectors(str(tmp_path / "out")).to_table(["doc_id", "vector"])

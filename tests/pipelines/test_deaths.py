@@ -28,7 +28,12 @@ from tests.deadly_stages import (
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 POOL = PoolPlan(
-    min_actors=1, max_actors=1, gpus_per_actor=0.0, cpus_per_actor=0.5, threads_per_actor=1
+    min_actors=1,
+    max_actors=1,
+    gpus_per_actor=0.0,
+    cpus_per_actor=0.5,
+    threads_per_actor=1,
+    cpus_per_task=1.0,
 )
 
 
