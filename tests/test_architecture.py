@@ -55,6 +55,12 @@ LIGHT = (
 )
 """What listings, readers and CPU stages import; a thousand of their processes share machines."""
 
+DRIVERS = [
+    f"qbatch.pipelines.{name}"
+    for name in ("embed", "build_index", "search_index", "rerank", "precompute", "reindex")
+]
+"""Jobs of the nightly work: what only their actors need is imported there."""
+
 SET_BY_LIBRARIES = {"RAY_CLIENT_MODE", "TORCHINDUCTOR_CACHE_DIR"}
 """Environment variables that importing ray and torch.nn.attention.varlen sets."""
 
@@ -75,7 +81,8 @@ for name in sys.argv[1:]:
         if logging.getLogger(log).handlers:
             handlers.setdefault(name, log or "root")
 changed = sorted(k for k in before.keys() | os.environ if before.get(k) != os.environ.get(k))
-heavy = sorted({"torch", "ray", "transformers", "faiss"} & set(sys.modules))
+heavy = {"torch", "ray", "transformers", "faiss", "transformers.modeling_utils"}
+heavy = sorted(heavy & set(sys.modules))
 print(json.dumps({"handlers": handlers, "environment": changed, "heavy": heavy}))
 """
 
@@ -187,3 +194,7 @@ def test_light_modules_load_no_heavy_library():
     light = [m for m in modules() if f"{m}.".startswith(LIGHT)]
     assert len(light) > 5
     assert imported(light)["heavy"] == []
+
+
+def test_drivers_load_no_model_code():
+    assert "transformers.modeling_utils" not in imported(DRIVERS)["heavy"]

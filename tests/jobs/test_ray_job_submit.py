@@ -1,4 +1,4 @@
-"""The embed job as users start it on a cluster: ``ray start`` and ``ray job submit``."""
+"""Jobs as users start them on a cluster: ``ray start`` and ``ray job submit``."""
 
 import json
 import os
@@ -10,13 +10,31 @@ from pathlib import Path
 
 import pytest
 
+from qbatch.release import open_release, release_numbers
+from qbatch.storage import Storage
 from qbatch.tables import open_vectors
+from tests.nights import Corpus, write_queries
 from tests.processes import ROOT, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
+
+NIGHT = """
+output = "{uri}/night"
+[embed]
+input = "{uri}/corpus"
+model = "{model}"
+dtype = "float32"
+[index]
+factory = "Flat"
+num_probes = 20
+[answers]
+queries = "{uri}/queries.jsonl"
+top_k = 5
+num_partitions = 2
+"""
 
 SECRETS = {"AWS_SECRET_ACCESS_KEY": secrets.token_hex(20), "QBATCH_API_KEY": secrets.token_hex(20)}
 """In the environment of every process of the cluster, as an operator gives them."""
@@ -67,11 +85,11 @@ def wait_for_dashboard(environment: dict[str, str], log: Path) -> None:
     raise TimeoutError(f"no dashboard: {listed.stderr[-1000:]}\n{log.read_text()[-2000:]}")
 
 
-def submit(environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess:
-    """Run the job with the repository as its working directory."""
+def submit(environment: dict[str, str], job: str, *flags: str) -> subprocess.CompletedProcess:
+    """Run a job with the repository as its working directory."""
     command = [RAY, "job", "submit", "--working-dir", str(ROOT), "--"]
     return subprocess.run(
-        [*command, "python", "jobs/embed_corpus.py", *flags],
+        [*command, "python", f"jobs/{job}", *flags],
         env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -81,7 +99,7 @@ def test_logs_progress_and_summary_arrive(cluster, tiny_model, tmp_path):
     rows = [{"doc_id": str(i), "text": f"text {i}"} for i in range(50)]
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [f"--input={corpus}", f"--output={tmp_path / 'out'}", f"--model={tiny_model}"]
-    done = submit(cluster, *flags, "--dtype=float32")
+    done = submit(cluster, "embed_corpus.py", *flags, "--dtype=float32")
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-3000:]
     assert "1/1 units" in output
@@ -93,11 +111,34 @@ def test_logs_progress_and_summary_arrive(cluster, tiny_model, tmp_path):
 def test_exit_codes_arrive(cluster, tiny_model, tmp_path):
     (tmp_path / "empty").mkdir()
     flags = [f"--input={tmp_path / 'empty'}", f"--output={tmp_path / 'out'}"]
-    done = submit(cluster, *flags, f"--model={tiny_model}")
+    done = submit(cluster, "embed_corpus.py", *flags, f"--model={tiny_model}")
     output = done.stdout + done.stderr
     assert done.returncode != 0
     assert "exit code 3" in output
     assert "no object to read under" in output
+
+
+def test_a_night_releases_and_a_failed_gate_arrives(cluster, tiny_model, tmp_path):
+    uri = str(tmp_path)
+    Corpus(f"{uri}/corpus").write()
+    write_queries(f"{uri}/queries.jsonl")
+    night = tmp_path / "night.toml"
+    night.write_text(NIGHT.format(uri=uri, model=tiny_model))
+    done = submit(cluster, "reindex.py", f"--config={night}")
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-3000:]
+    summary = next(json.loads(x) for x in done.stdout.splitlines() if x.startswith('{"release"'))
+    assert (summary["release"], summary["released"]) == (1, True)
+    assert "published generation 1" in output
+    assert open_release(f"{uri}/night").open("vectors").num_rows == 60
+
+    Corpus(f"{uri}/corpus", num_files=1).write()
+    done = submit(cluster, "reindex.py", f"--config={night}")
+    output = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "exit code 7" in output
+    assert "documents lost since the last release" in output
+    assert release_numbers(Storage(f"{uri}/night")) == [1]
 
 
 def test_secrets_of_the_environment_reach_no_log_and_no_table(cluster, ray_folder):
