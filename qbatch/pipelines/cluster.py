@@ -41,7 +41,8 @@ class PoolPlan:
     """What Ray books: together at most half of all, so that reading and writing never starve."""
     threads_per_actor: int
     cpus_per_task: float
-    """What Ray books for reading and writing: actors leave so much free on at least one node."""
+    """What Ray books for a task that reads or writes: one of each fits beside all actors, else Ray
+    writes nothing before all is read, and a killed job has lost it all."""
 
 
 @contextmanager
@@ -151,14 +152,15 @@ def plan_pool(
         )
     node_cpus = max(1, most_node_cpus())
     booked = _booked_cpus(num_cpus, most, has_gpus=gpus_per_actor > 0)
+    cpus_per_actor = min(booked, node_cpus)
     return PoolPlan(
         min_actors=min(fewest, most),
         max_actors=most,
         gpus_per_actor=gpus_per_actor,
-        cpus_per_actor=min(booked, node_cpus),
+        cpus_per_actor=cpus_per_actor,
         threads_per_actor=max(1, min(num_cpus // most, node_cpus)),
-        # Half of all processors are free: on average half of a node's.
-        cpus_per_task=min(1.0, node_cpus / 2),
+        # Half of a node's is free on at least one node, since half of all is.
+        cpus_per_task=min(1.0, node_cpus / 2, (num_cpus - most * cpus_per_actor) / 2),
     )
 
 

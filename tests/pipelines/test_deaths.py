@@ -1,7 +1,6 @@
 """Rows that kill or hang their process, on a real Ray: they are found, and all else is made."""
 
 import json
-import threading
 
 import pyarrow as pa
 import pytest
@@ -65,23 +64,6 @@ def test_rows_that_kill_or_hang_are_left_out_and_the_rest_is_made():
         row = made[f"unit-{i}"]
         assert row["doubled"] == [2 * number for number in unit if number >= 0]
         assert row["killers"] == [j for j, number in enumerate(unit) if number < 0]
-
-
-class InOneThread(Doubler):
-    """Fails when it is called in another thread than the one that made it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = threading.get_ident()
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        if threading.get_ident() != self._thread:
-            raise QbatchError("a second thread, and with it a second team of OpenMP")
-        return super().__call__(batch)
-
-
-def test_an_actor_computes_in_the_thread_that_made_it():
-    assert len(run(numbered(4), units_a_block=2, actor=InOneThread)) == 4
 
 
 @pytest.mark.slow
