@@ -65,7 +65,7 @@ def main() -> None:
         print(
             f"| {name} | {num_texts:,} | {told['tokens_estimated']:,} | {made['tokens']:,} "
             f"| {compared(told['seconds_estimated'], made['seconds']['total'])} "
-            f"| {compared(told['cost_estimated'], report['compute']['cost'])} |",
+            f"| {compared(told['cost_estimated'], report['details']['compute']['cost'])} |",
             flush=True,
         )
 
