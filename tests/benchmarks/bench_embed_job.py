@@ -13,7 +13,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,10 +22,8 @@ import torch
 from qbatch.models.embedder import EmbedderConfig
 from qbatch.models.tokenization import TextTokenizer
 from tests.benchmarks.bench_embed_engine import describe_machine, read_texts, require
+from tests.benchmarks.embed_job import job_command, job_environment, write_corpus
 from tests.benchmarks.table import Row
-
-ROOT = Path(__file__).parents[2]
-NUM_FILES = 8
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -86,30 +83,11 @@ def measure_job(model: Path, texts: list[str], options: argparse.Namespace) -> d
     """Return tokens per second of the job while its actor lived, and from start to exit."""
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder, "corpus")
-        corpus.mkdir()
-        for i in range(NUM_FILES):
-            rows = [json.dumps({"doc_id": str(j), "text": t}) for j, t in enumerate(texts)]
-            (corpus / f"{i}.jsonl").write_text("\n".join(rows[i::NUM_FILES]))
-        num_bytes = sum(file.stat().st_size for file in corpus.iterdir())
-        flags = {
-            "input": corpus,
-            "output": f"{folder}/out",
-            "model": model,
-            "dtype": options.dtype,
-            "max-actors": 1,
-            "unit-bytes": max(1, num_bytes // NUM_FILES),
-        }
+        write_corpus(corpus, texts)
+        command = [*job_command(corpus, model, options.dtype), f"--output={folder}/out"]
         started = time.perf_counter()
         done = subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / "jobs" / "embed_corpus.py"),
-                *(f"--{name}={value}" for name, value in flags.items()),
-            ],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"},
-            capture_output=True,
-            text=True,
-            check=True,
+            command, env=job_environment(), capture_output=True, text=True, check=True
         )
         elapsed = time.perf_counter() - started
     summary = json.loads(done.stdout.splitlines()[-1])

@@ -28,10 +28,9 @@ import pyarrow.parquet as pq
 from qbatch.models.loading import load_spec
 from qbatch.models.tokenization import TextTokenizer
 from tests.benchmarks.bench_embed_engine import describe_machine, read_texts, require
+from tests.benchmarks.embed_job import job_command, job_environment, write_corpus
 from tests.benchmarks.table import Row
 
-ROOT = Path(__file__).parents[2]
-NUM_FILES = 8
 DAFT = Path("~/.cache/qbatch/peers-daft").expanduser()
 GOALS = {"sentence-transformers": 1.4, "Daft": 1.4, "Ray Data": 2.0}
 
@@ -126,19 +125,9 @@ def read_fitting_texts(model: Path, num_texts: int) -> list[str]:
     return [text for text, n in zip(texts, lengths, strict=True) if n < limit][:num_texts]
 
 
-def write_corpus(corpus: Path, texts: list[str]) -> None:
-    corpus.mkdir()
-    rows = [json.dumps({"doc_id": str(i), "text": text}) for i, text in enumerate(texts)]
-    for i in range(NUM_FILES):
-        (corpus / f"{i}.jsonl").write_text("\n".join(rows[i::NUM_FILES]) + "\n")
-
-
 def commands(model: Path, corpus: Path, against: list[str]) -> dict[str, list[str]]:
     """Return the command of each side; the output directory is still to be added."""
-    job = str(ROOT / "jobs" / "embed_corpus.py")
-    num_bytes = sum(file.stat().st_size for file in corpus.iterdir())
-    flags = [f"--model={model}", f"--input={corpus}", "--dtype=float32", "--max-actors=1"]
-    sides = {"qbatch": [sys.executable, job, *flags, f"--unit-bytes={num_bytes // NUM_FILES}"]}
+    sides = {"qbatch": job_command(corpus, model, "float32")}
     for name in against:
         python = daft_python() if name == "Daft" else sys.executable
         sides[name] = [python, "-c", SCRIPTS[name], str(model), str(corpus)]
@@ -161,13 +150,7 @@ def run_turn(
     sides: dict[str, list[str]], folder: Path, num_texts: int, options: argparse.Namespace
 ) -> dict[str, float]:
     """Run all sides once; return the seconds of each."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(options.threads),
-        "PYTHONPATH": str(ROOT),
-        "RAY_ADDRESS": "local",
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = job_environment(OMP_NUM_THREADS=str(options.threads), HF_HUB_OFFLINE="1")
     seconds = {}
     for name, command in sides.items():
         with tempfile.TemporaryDirectory(dir=folder) as place:

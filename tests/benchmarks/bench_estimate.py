@@ -12,31 +12,27 @@ import json
 import os
 import random
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from qbatch.models.tokenization import TextTokenizer
+from qbatch.quickstart.bundled import read_jsonl
 from tests.benchmarks.bench_embed_engine import describe_machine, require
+from tests.benchmarks.embed_job import job_command, job_environment, write_corpus
 
-ROOT = Path(__file__).parents[2]
-NUM_FILES = 8
 PRICE = "1.0"
 
 
 def descriptions(language: str) -> Iterable[str]:
-    for line in require("debian-descriptions").read_text("utf-8").splitlines():
-        row = json.loads(line)
-        if row["id"].endswith(f":{language}"):
-            yield f"{row['synopsis']}\n{row['body']}"
+    rows = read_jsonl(require("debian-descriptions"))
+    return (f"{row['synopsis']}\n{row['body']}" for row in rows if row["lang"] == language)
 
 
 def definitions() -> Iterable[str]:
-    for line in require("wordnet").read_text("utf-8").splitlines():
-        row = json.loads(line)
-        yield f"{', '.join(row['words'])}: {row['definition']}"
+    rows = read_jsonl(require("wordnet"))
+    return (f"{', '.join(row['words'])}: {row['definition']}" for row in rows)
 
 
 CORPORA: dict[str, Callable[[], Iterable[str]]] = {
@@ -59,11 +55,12 @@ def main() -> None:
     )
     for name, read in CORPORA.items():
         with tempfile.TemporaryDirectory(prefix="qbatch-estimate-") as folder:
-            num_texts = write_corpus(Path(folder, "corpus"), sorted(set(read())), model, options)
+            texts = sample(sorted(set(read())), model, options.tokens)
+            write_corpus(Path(folder, "corpus"), texts)
             told, made = run(folder, model, "--dry-run"), run(folder, model)
             report = json.loads(Path(folder, "vectors", "report.json").read_text("utf-8"))
         print(
-            f"| {name} | {num_texts:,} | {told['tokens_estimated']:,} | {made['tokens']:,} "
+            f"| {name} | {len(texts):,} | {told['tokens_estimated']:,} | {made['tokens']:,} "
             f"| {compared(told['seconds_estimated'], made['seconds']['total'])} "
             f"| {compared(told['cost_estimated'], report['details']['compute']['cost'])} |",
             flush=True,
@@ -74,31 +71,22 @@ def compared(told: float, found: float) -> str:
     return f"{told:.4g} ({told / found:.2f} of it) | {found:.4g}"
 
 
-def write_corpus(corpus: Path, texts: list[str], model: Path, options: argparse.Namespace) -> int:
-    """Write a seeded sample of about so many tokens; return how many texts that are."""
+def sample(texts: list[str], model: Path, num_tokens: int) -> list[str]:
+    """Return a seeded sample of about so many tokens."""
     random.Random(0).shuffle(texts)
-    some = texts[:500]
-    mean = TextTokenizer.load(model, 256).encode(some).lengths.mean()
-    texts = texts[: int(options.tokens / mean)]
-    corpus.mkdir()
-    for i in range(NUM_FILES):
-        rows = [{"doc_id": str(j), "text": texts[j]} for j in range(i, len(texts), NUM_FILES)]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (corpus / f"{i}.jsonl").write_text(lines, encoding="utf-8")
-    return len(texts)
+    mean = TextTokenizer.load(model, 256).encode(texts[:500]).lengths.mean()
+    return texts[: int(num_tokens / mean)]
 
 
 def run(folder: str, model: Path, *flags: str) -> dict[str, Any]:
     """Run the embed job in a process of its own; return its summary."""
-    num_bytes = sum(file.stat().st_size for file in Path(folder, "corpus").iterdir())
-    command = [
-        *(sys.executable, "jobs/embed_corpus.py", f"--input={folder}/corpus"),
-        *(f"--output={folder}/vectors", f"--model={model}", "--dtype=float32"),
-        *(f"--unit-bytes={num_bytes // NUM_FILES}", f"--gpu-hourly-price={PRICE}", *flags),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
+    command = job_command(Path(folder, "corpus"), model, "float32", *flags)
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        [*command, f"--output={folder}/vectors", f"--gpu-hourly-price={PRICE}"],
+        env=job_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
