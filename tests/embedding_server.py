@@ -1,13 +1,6 @@
-"""A real HTTP server that speaks the embeddings protocol of OpenAI over a real model.
-
-It misbehaves as real ones do: the first time it meets some requests it says 429 or 500, hangs up,
-or gives broken JSON; one token it never takes.
-"""
+"""A real HTTP server that speaks the embeddings protocol of OpenAI over a real model."""
 
 import base64
-import json
-import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,21 +9,15 @@ from typing import Any
 import numpy as np
 
 from qbatch.models.embedder import EmbedderConfig
-from tests.http_servers import JsonHandler, serving
-
-TROUBLES = ("429", "500", "hang-up", "broken-json", "fine")
+from tests.http_servers import MisbehavedHandler, MisbehavedState, serving
 
 
-class EmbeddingState:
-    """What the server computes with, what it was asked, and how it is to behave."""
+class EmbeddingState(MisbehavedState):
+    """What the server computes with."""
 
     def __init__(self, model: str, *, misbehaves: bool, refused: int | None, dtype: str) -> None:
+        super().__init__(misbehaves=misbehaves, refused=refused)
         self.embedder = EmbedderConfig(model_path=Path(model), dtype=dtype).build()
-        self.misbehaves = misbehaves
-        self.refused = refused
-        self.lock = threading.Lock()
-        self.seen: Counter[str] = Counter()
-        self.statuses: Counter[int] = Counter()
 
     def embed(self, texts: list[list[int]]) -> np.ndarray:
         with self.lock:
@@ -38,30 +25,17 @@ class EmbeddingState:
             return self.embedder.embed(ids, np.array([len(text) for text in texts], np.int32))
 
 
-class _Handler(JsonHandler):
-    def answer(self, body: dict[str, Any]) -> None:
-        state = self.server.state
-        request = json.dumps(body["input"])
-        with state.lock:
-            is_first = not state.seen[request]
-            state.seen[request] += 1
-        trouble = TROUBLES[len(request) % len(TROUBLES)] if state.misbehaves and is_first else ""
-        if self.path != "/v1/embeddings" or body["model"] == "unknown":
-            self.send_json(404, {"error": "no such model"})
-        elif any(state.refused in text for text in body["input"]):
-            self.send_json(400, {"error": "I do not take this"})
-        elif trouble in ("429", "500"):
-            self.send_json(int(trouble), {"error": "later"}, {"Retry-After": "0.02"})
-        elif trouble == "hang-up":
-            self.connection.close()
-        else:
-            vectors = state.embed(body["input"])
-            entries = [
-                {"index": i, "embedding": _encoded(vector, body["encoding_format"])}
-                for i, vector in enumerate(vectors)
-            ]
-            reply = {"data": entries[::-1]}
-            self.send_json(200, {"data": 3} if trouble == "broken-json" else reply)
+class _Handler(MisbehavedHandler):
+    served_path = "/v1/embeddings"
+    field = "input"
+
+    def reply(self, body: dict[str, Any]) -> dict[str, Any]:
+        vectors = self.server.state.embed(body["input"])
+        entries = [
+            {"index": i, "embedding": _encoded(vector, body["encoding_format"])}
+            for i, vector in enumerate(vectors)
+        ]
+        return {"data": entries[::-1]}
 
 
 def _encoded(vector: np.ndarray, encoding: str) -> str | list[float]:

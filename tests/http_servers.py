@@ -2,10 +2,13 @@
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+TROUBLES = ("429", "500", "hang-up", "broken-json", "fine")
 
 
 class JsonHandler(BaseHTTPRequestHandler):
@@ -31,6 +34,53 @@ class JsonHandler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+
+class MisbehavedState:
+    """What a server of token ids was asked, and how it is to behave."""
+
+    def __init__(self, *, misbehaves: bool, refused: int | None) -> None:
+        self.misbehaves = misbehaves
+        self.refused = refused
+        """A token that it never takes."""
+        self.lock = threading.Lock()
+        self.seen: Counter[str] = Counter()
+        self.statuses: Counter[int] = Counter()
+
+
+class MisbehavedHandler(JsonHandler):
+    """Serves texts given as token ids, as real servers do.
+
+    The first time it meets some requests it says 429 or 500, hangs up, or gives broken JSON.
+    """
+
+    served_path: str
+    field: str
+    """Of a request: holds the texts."""
+
+    def reply(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the right answer."""
+        raise NotImplementedError
+
+    def answer(self, body: dict[str, Any]) -> None:
+        state = self.server.state
+        request = json.dumps(body[self.field])
+        with state.lock:
+            is_first = not state.seen[request]
+            state.seen[request] += 1
+        trouble = TROUBLES[len(request) % len(TROUBLES)] if state.misbehaves and is_first else ""
+        if self.path != self.served_path or body["model"] == "unknown":
+            self.send_json(404, {"error": "no such model"})
+        elif any(state.refused in text for text in body[self.field]):
+            self.send_json(400, {"error": "I do not take this"})
+        elif trouble in ("429", "500"):
+            self.send_json(int(trouble), {"error": "later"}, {"Retry-After": "0.02"})
+        elif trouble == "hang-up":
+            self.connection.close()
+        elif trouble == "broken-json":
+            self.send_json(200, {"data": 3, "choices": [[]]})
+        else:
+            self.send_json(200, self.reply(body))
 
 
 class _Server(ThreadingHTTPServer):

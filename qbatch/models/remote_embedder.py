@@ -6,12 +6,12 @@ tokens and truncation are ours and exact. Imports no torch.
 
 import base64
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from qbatch.errors import ConfigError, StalledError
+from qbatch.errors import ConfigError
 from qbatch.models.embed_stats import EmbedStats
 from qbatch.models.packing import distinct_texts, plan_packs
 from qbatch.models.server import Server, ServerConfig, field_of
@@ -76,52 +76,26 @@ class RemoteEmbedder:
     def _ask(
         self, requests: list[np.ndarray], texts: list[list[int]], on_pack: Callable[[], None]
     ) -> list[np.ndarray]:
-        def read(data: bytes) -> np.ndarray:
+        def read(data: bytes) -> list[np.ndarray]:
             on_pack()
             return _vectors(data)
 
-        bodies = [_body([texts[row] for row in rows]) for rows in requests]
-        found = []
-        for rows, answer in zip(requests, self._server.ask(bodies, read), strict=True):
-            if answer.value is None:
-                found.append(self._one_by_one(rows, texts, answer.detail, read))
-            elif len(answer.value) != len(rows):
-                raise StalledError(
-                    f"the server gave {len(answer.value)} vectors for {len(rows)} texts; see to it "
-                    "and run the job again to go on"
-                )
-            else:
-                found.append(self._finished(answer.value))
-        return found
+        batches = [[texts[row] for row in rows] for rows in requests]
+        nothing = np.full(self.dim, np.nan, np.float32)
+        return [
+            np.stack([nothing if vector is None else self._finished(vector) for vector in vectors])
+            for vectors in self._server.ask_batches(batches, _body, read)
+        ]
 
-    def _one_by_one(
-        self,
-        rows: np.ndarray,
-        texts: list[list[int]],
-        detail: str,
-        read: Callable[[bytes], np.ndarray],
-    ) -> np.ndarray:
-        """Ask for the texts of a refused request alone: one of them is at fault."""
-        bodies = [_body([texts[row]]) for row in rows]
-        answers = self._server.ask(bodies, read) if len(rows) > 1 else []
-        if answers and all(answer.value is None for answer in answers):
+    def _finished(self, vector: np.ndarray) -> np.ndarray:
+        """Return a vector of the width that is asked for, scaled if it is to be."""
+        if len(vector) < self.dim:
             raise ConfigError(
-                f"the server refuses {len(rows)} texts, each alone: {detail}. Check that it takes "
-                "token ids, that it serves this model, and its longest input"
+                f"the server gives vectors of {len(vector)} components, --model has {self.dim}; "
+                "serve the same model, or ask for fewer --dims"
             )
-        nothing = np.full((1, self.dim), np.nan, np.float32)
-        found = [nothing if a.value is None else self._finished(a.value) for a in answers]
-        return np.concatenate(found or [nothing])
-
-    def _finished(self, vectors: np.ndarray) -> np.ndarray:
-        """Return vectors of the width that is asked for, scaled if they are to be."""
-        if vectors.shape[1] < self.dim:
-            raise ConfigError(
-                f"the server gives vectors of {vectors.shape[1]} components, --model has "
-                f"{self.dim}; serve the same model, or ask for fewer --dims"
-            )
-        cut = vectors[:, : self.dim]
-        return cut / np.linalg.norm(cut, axis=1, keepdims=True) if self._normalize else cut
+        cut = vector[: self.dim]
+        return cut / np.linalg.norm(cut) if self._normalize else cut
 
     def _count(
         self, lengths: np.ndarray, first: np.ndarray, num_requests: int, seconds: float
@@ -135,21 +109,19 @@ class RemoteEmbedder:
         self.stats.embed_s += seconds
 
 
-def _body(texts: list[list[int]]) -> dict[str, Any]:
+def _body(texts: Sequence[list[int]]) -> dict[str, Any]:
     return {"input": texts, "encoding_format": "base64"}
 
 
-def _vectors(data: bytes) -> np.ndarray:
+def _vectors(data: bytes) -> list[np.ndarray]:
     """Read a reply in the order of its texts; ValueError for anything that is none."""
     return field_of(
         data,
         "a list of embeddings",
-        lambda reply: np.stack(
-            [
-                _vector(entry["embedding"])
-                for entry in sorted(reply["data"], key=lambda entry: entry["index"])
-            ]
-        ),
+        lambda reply: [
+            _vector(entry["embedding"])
+            for entry in sorted(reply["data"], key=lambda entry: entry["index"])
+        ],
     )
 
 

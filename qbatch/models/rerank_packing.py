@@ -116,6 +116,14 @@ class PairSet:
                 builder.add_pair([*own, group.tokens.after], group.tokens, parent=stem)
         return builder.finish(has_parents=self._shares)
 
+    def whole(self, first: int, stop: int) -> list[np.ndarray]:
+        """Return the tokens of each of the pairs ``first`` to ``stop``, nothing shared: int32."""
+        groups = [self._groups[self._owners[i]] for i in range(first, stop)]
+        return [
+            np.concatenate([group.tokens.before, group.document(row), group.tokens.after])
+            for group, row in zip(groups, self._firsts[first:stop], strict=True)
+        ]
+
     def scatter(self, scores: np.ndarray) -> list[np.ndarray]:
         """Return the scores of each group's documents, float32; NaN where it was rejected.
 

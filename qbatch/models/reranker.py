@@ -17,6 +17,7 @@ from qbatch.models.halving import in_halves, shrunk_budget
 from qbatch.models.rerank_loading import RerankerSpec, load_reranker_spec
 from qbatch.models.rerank_packing import PairSet
 from qbatch.models.rerank_scorers import Scorer, load_scorer
+from qbatch.models.rerank_stats import RerankStats
 from qbatch.models.rerank_templates import ScorerName
 from qbatch.models.rerank_tokens import CandidateGroup, CandidateTokens, PairTokenizer
 from qbatch.schema import ComputeDtype
@@ -69,32 +70,6 @@ class RerankerConfig:
         return PairTokenizer.load(
             spec.path, spec.tokenizer, max_tokens=self.max_tokens, instruction=self.instruction
         )
-
-
-@dataclass(kw_only=True, slots=True)
-class RerankStats:
-    """What a reranker has done so far."""
-
-    num_pairs: int = 0
-    """Pairs given, rejected ones included."""
-    num_rejected: int = 0
-    """Pairs of rejected queries."""
-    num_truncated: int = 0
-    """Documents that lost tokens at their end."""
-    num_distinct: int = 0
-    """Pairs left when equal documents of one query count once."""
-    num_packs: int = 0
-    num_tokens: int = 0
-    """Tokens of the distinct pairs, prompts included, as if nothing were shared."""
-    num_computed: int = 0
-    """Tokens that went through the model, padding included."""
-    score_s: float = 0.0
-    """Seconds inside ``score_tokens``."""
-
-    @property
-    def num_saved(self) -> int:
-        """Tokens that sharing beginnings saved; padding can make it negative."""
-        return self.num_tokens - self.num_computed
 
 
 class Reranker:
@@ -162,7 +137,7 @@ class Reranker:
         scores = [torch.empty(0, device=self._scorer.device)]
         scores += [in_halves(compute, *pack, shrink) for pack in pairs.plan(self._token_budget)]
         results = pairs.scatter(torch.cat(scores).cpu().numpy())
-        self._count(groups, pairs)
+        self.stats.count(groups, pairs)
         self.stats.score_s += time.perf_counter() - started
         return results
 
@@ -182,14 +157,6 @@ class Reranker:
     def _shrink(self, pairs: PairSet, first: int, stop: int) -> None:
         num_tokens = pairs.tokens_between(first, stop)
         self._token_budget = shrunk_budget(self._token_budget, num_tokens)
-
-    def _count(self, groups: Sequence[CandidateTokens], pairs: PairSet) -> None:
-        stats = self.stats
-        stats.num_pairs += sum(len(g.lengths) for g in groups)
-        stats.num_rejected += sum(len(g.lengths) for g in groups if g.reason is not None)
-        stats.num_truncated += sum(g.num_truncated for g in groups)
-        stats.num_distinct += len(pairs)
-        stats.num_tokens += pairs.num_tokens
 
 
 def _check_tokens(groups: Sequence[CandidateTokens], spec: RerankerSpec) -> None:

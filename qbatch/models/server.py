@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 from qbatch.errors import ConfigError, StalledError
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 KEY_VARIABLE = "QBATCH_API_KEY"
 
@@ -105,6 +106,52 @@ class Server:
         """
         return list(self._pool.map(lambda body: self._ask(body, read), bodies))
 
+    def ask_batches(
+        self,
+        batches: Sequence[Sequence[Item]],
+        body: Callable[[Sequence[Item]], Mapping[str, Any]],
+        read: Callable[[bytes], Sequence[T]],
+    ) -> list[list[T | None]]:
+        """Return the values of each batch, in order; None for an item that is refused even alone.
+
+        Args:
+            batches: Each becomes one request; of a refused one each item is asked for alone.
+            body: Makes a request of items.
+            read: Makes values of a reply, one an item; ValueError counts as a failure.
+
+        Raises:
+            ConfigError: Also where the server refuses all of several items, each alone.
+            StalledError: The server answers nobody any more, or gives a wrong number of values.
+        """
+        answers = self.ask([body(batch) for batch in batches], read)
+        return [
+            _checked(answer.value, batch)
+            if answer.value is not None
+            else self._one_by_one(batch, body, read, answer.detail)
+            for batch, answer in zip(batches, answers, strict=True)
+        ]
+
+    def _one_by_one(
+        self,
+        batch: Sequence[Item],
+        body: Callable[[Sequence[Item]], Mapping[str, Any]],
+        read: Callable[[bytes], Sequence[T]],
+        detail: str,
+    ) -> list[T | None]:
+        """Ask for the items of a refused request alone: one of them is at fault."""
+        if len(batch) == 1:
+            return [None]
+        answers = self.ask([body([item]) for item in batch], read)
+        if all(answer.value is None for answer in answers):
+            raise ConfigError(
+                f"{self._url} refuses {len(batch)} texts, each alone: {detail}. Check that it "
+                "takes token ids, that it serves this model, and its longest input"
+            )
+        return [
+            None if answer.value is None else _checked(answer.value, [item])[0]
+            for item, answer in zip(batch, answers, strict=True)
+        ]
+
     def _ask(self, body: Mapping[str, Any], read: Callable[[bytes], T]) -> Answer[T]:
         started = time.monotonic()
         problem = ""
@@ -156,11 +203,20 @@ class Server:
         return self._jitter.uniform(0, min(_MAX_DELAY_S, _FIRST_DELAY_S * 2**attempt))
 
 
+def _checked(values: Sequence[T], batch: Sequence[object]) -> list[T | None]:
+    if len(values) != len(batch):
+        raise StalledError(
+            f"the server gave {len(values)} values for {len(batch)} texts; see to it and run the "
+            "job again to go on"
+        )
+    return list(values)
+
+
 def field_of(data: bytes, what: str, find: Callable[[Any], T]) -> T:
     """Return a part of a JSON reply; ValueError where it is none of that kind."""
     try:
         return find(json.loads(data))
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"not {what}: {data[:_MAX_SHOWN]!r}") from error
 
 

@@ -27,7 +27,6 @@ from qbatch.models.hub import resolve_model
 from qbatch.models.loading import ModelSpec, load_spec, read_config, weights_sha256
 from qbatch.models.prompts import document_prompt, query_prompt
 from qbatch.models.roofline import flops_per_token
-from qbatch.models.server import ServerConfig
 from qbatch.pipelines.cluster import (
     PoolPlan,
     plan_pool,
@@ -43,6 +42,7 @@ from qbatch.pipelines.embed_resume import Plan, write_units
 from qbatch.pipelines.embed_reuse import Reuse, vanished_files
 from qbatch.pipelines.embed_task import EmbedTask
 from qbatch.pipelines.embed_write import write_unit
+from qbatch.pipelines.engine import EngineConfig
 from qbatch.pipelines.finished_units import finished_units
 from qbatch.pipelines.metrics import UnitMetrics
 from qbatch.pipelines.unit_files import OUTPUTS, listed_files, listed_rejects
@@ -61,7 +61,7 @@ _BLOCK_UNITS = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EmbedCorpusConfig:
+class EmbedCorpusConfig(EngineConfig):
     """Embed a corpus into a published vectors table."""
 
     input: str
@@ -98,18 +98,6 @@ class EmbedCorpusConfig:
     """Compute dtype; auto is bfloat16 where the processor has it, else float32."""
     weights: Weights = "float"
     """int8 rounds the weights of linear layers: faster on a CPU, for some quality; float32 only."""
-    engine: Literal["local", "http"] = "local"
-    """local computes in the actors; http asks an OpenAI-compatible server of the same model."""
-    endpoint: str | None = None
-    """Of the server, such as http://host:8000/v1."""
-    served_model: str | None = None
-    """What the server calls the model; None is --model as given."""
-    concurrency: int = 32
-    """Requests that each actor has on their way."""
-    timeout_s: float = 120.0
-    """For one answer of the server."""
-    max_retries: int = 8
-    """How often a request to the server is sent again."""
     dims: IntList = ()
     """Widths to write (Matryoshka), the first as "vector"; empty is the model's own width."""
     vector_dtype: VectorDtype = "float32"
@@ -152,7 +140,7 @@ class EmbedCorpusConfig:
         if any(dim < 1 for dim in self.dims) or len(set(self.dims)) < len(self.dims):
             raise ConfigError(f"dims are {self.dims}; give different positive widths")
         self.corpus()
-        self.server()
+        self.server_of(self.model, self.dtype)
         if self.weights == "int8":
             self._check_int8()
 
@@ -173,30 +161,6 @@ class EmbedCorpusConfig:
     def wanted_dtype(self) -> Literal["auto"] | ComputeDtype:
         """The compute dtype asked for: int8 weights leave float32 only."""
         return "float32" if self.weights == "int8" else self.dtype
-
-    def server(self) -> ServerConfig | None:
-        """Return the server that computes, None for the actors themselves."""
-        if self.engine == "local":
-            if self.endpoint is not None:
-                raise ConfigError(
-                    f"endpoint is {self.endpoint!r} with --engine=local; give --engine=http to use "
-                    "it, or leave it out"
-                )
-            return None
-        if self.endpoint is None:
-            raise ConfigError("--engine=http needs --endpoint, such as http://host:8000/v1")
-        if self.dtype == "auto":
-            raise ConfigError(
-                "--dtype=auto with --engine=http; name the dtype in which the server computes, "
-                "since it is part of what the vectors are known by"
-            )
-        return ServerConfig(
-            endpoint=self.endpoint,
-            model=self.served_model or self.model,
-            concurrency=self.concurrency,
-            timeout_s=self.timeout_s,
-            max_retries=self.max_retries,
-        )
 
     def corpus(self) -> CorpusConfig:
         """Return the part of the settings that says what to read and how."""
@@ -303,10 +267,7 @@ def _resolve(
 
 
 def _estimate(config: EmbedCorpusConfig, spec: ModelSpec) -> dict[str, Any]:
-    if config.engine == "http" and config.tokens_per_s is None:
-        raise ConfigError(
-            "--dry-run cannot measure a server; give --tokens-per-s, what it does for one actor"
-        )
+    config.check_foretold(config.tokens_per_s)
     device = resolve_device()
     gpus = config.gpus_per_actor
     prices = Prices(
@@ -351,7 +312,7 @@ def make_task(config: EmbedCorpusConfig, spec: ModelSpec, dtype: ComputeDtype) -
         weights=config.weights,
         token_budget=config.token_budget,
         vector_dtype=config.vector_dtype,
-        server=config.server(),
+        server=config.server_of(config.model, config.dtype),
     )
 
 
@@ -414,7 +375,7 @@ def _make_units(
         write=partial(write_unit, task=task),
         may_hang=task.server is None,
     )
-    watchers = (progress, UnitMetrics("embed"))
+    watchers = (progress, UnitMetrics("embed", len(plan) - len(done)))
     yield from make_units(plan, done, stages, pool, most_units=_BLOCK_UNITS, watchers=watchers)
 
 

@@ -113,7 +113,9 @@ def _tokens(passages: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 def _pack_stats(before: EmbedStats, embedder: "Embedder | RemoteEmbedder") -> dict[str, int]:
     after = embedder.stats
+    packs = after.num_packs - before.num_packs
     return {
+        "packs": packs,
         "tokens_packed": after.num_computed - before.num_computed,
-        "pack_room": (after.num_packs - before.num_packs) * embedder.token_budget,
+        "pack_room": packs * embedder.token_budget,
     }

@@ -33,6 +33,7 @@ from qbatch.pipelines.cluster import (
 from qbatch.pipelines.compute_dtype import compute_dtype
 from qbatch.pipelines.embed_estimate import Prices
 from qbatch.pipelines.embed_resume import Plan, write_units
+from qbatch.pipelines.engine import EngineConfig
 from qbatch.pipelines.finished_units import finished_units
 from qbatch.pipelines.metrics import UnitMetrics
 from qbatch.pipelines.rerank_cascade import (
@@ -66,7 +67,7 @@ _BLOCK_UNITS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RerankCandidatesConfig:
+class RerankCandidatesConfig(EngineConfig):
     """Rerank candidates into a published run."""
 
     output: str
@@ -176,6 +177,7 @@ class RerankCandidatesConfig:
                 "--candidates brings its texts and takes neither"
             )
         parse_cascade(self.cascade)
+        self.server_of(self.model, self.dtype)
 
     def columns(self) -> NestedColumns:
         """Return how the columns of candidates are called."""
@@ -235,6 +237,7 @@ def rerank_candidates(config: RerankCandidatesConfig) -> dict[str, Any]:
         scorer=config.scorer,
         max_tokens=config.max_tokens,
         instruction=config.instruction,
+        server=config.server_of(config.model, config.dtype),
     )
     stages, specs = make_stages(cascade, last)
     task = RerankTask(
@@ -257,6 +260,7 @@ def rerank_candidates(config: RerankCandidatesConfig) -> dict[str, Any]:
 
 
 def _estimate(config: RerankCandidatesConfig, task: RerankTask) -> dict[str, Any]:
+    config.check_foretold(config.tokens_per_s)
     device = resolve_device()
     gpus = config.gpus_per_actor
     prices = Prices(
@@ -282,7 +286,11 @@ class _Rerank:
         """Join, rerank what is missing, publish; return the summary."""
         config = self.config
         with ray_session(stall_timeout_s=config.stall_timeout_s):
-            pool = plan_pool(config.min_actors, config.max_actors, config.gpus_per_actor)
+            pool = plan_pool(
+                config.min_actors,
+                config.max_actors,
+                config.gpus_per_actor if task.needs_models else 0.0,
+            )
             task = replace(task, dtype=compute_dtype(config.dtype, pool.gpus_per_actor))
             settings = scoring_fingerprint(task, models)
             task = replace(task, fingerprint=fingerprint_id(settings))
@@ -354,8 +362,9 @@ def _make_units(
         actor=RerankActor,
         actor_arguments={"task": task, "num_threads": pool.threads_per_actor},
         write=partial(write_ranked, task=task),
+        may_hang=task.needs_models,
     )
-    watchers = (progress, UnitMetrics("rerank"))
+    watchers = (progress, UnitMetrics("rerank", len(plan) - len(done)))
     return make_units(plan, done, stages, pool, most_units=_BLOCK_UNITS, watchers=watchers)
 
 

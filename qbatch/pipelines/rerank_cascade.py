@@ -10,6 +10,7 @@ from qbatch.models.loading import weights_sha256
 from qbatch.models.rerank_loading import RerankerSpec, load_reranker_spec
 from qbatch.models.rerank_templates import ScorerName
 from qbatch.models.rerank_tokens import PairTokenizer
+from qbatch.models.server import ServerConfig
 from qbatch.pipelines.rerank_task import RerankStage
 
 
@@ -60,6 +61,8 @@ class LastModel:
     scorer: Literal["auto"] | ScorerName
     max_tokens: int | None
     instruction: str | None
+    server: ServerConfig | None = None
+    """Computes in place of the actors."""
 
 
 def make_stages(cascade: Cascade, last: LastModel) -> tuple[list[RerankStage], list[RerankerSpec]]:
@@ -78,6 +81,8 @@ def make_stages(cascade: Cascade, last: LastModel) -> tuple[list[RerankStage], l
     for model, revision, keep in [*named, (last.model, last.revision, None)]:
         path = resolve_model(model, revision)
         spec = load_reranker_spec(path, "auto" if keep else last.scorer)
+        if keep is None and last.server is not None:
+            _check_served(spec)
         instruction, max_tokens = last.instruction, last.max_tokens
         if keep is not None:
             instruction = instruction if spec.scorer == "yes-no" else None
@@ -97,9 +102,19 @@ def make_stages(cascade: Cascade, last: LastModel) -> tuple[list[RerankStage], l
                 instruction=instruction,
                 tokens=earlier.index(like),
                 keep=keep,
+                server=last.server if keep is None else None,
             )
         )
     return stages, specs
+
+
+def _check_served(spec: RerankerSpec) -> None:
+    if (spec.scorer, spec.head) != ("yes-no", "language-model"):
+        raise ConfigError(
+            f"--engine=http for a {spec.scorer} model that ends in a {spec.head} head; allowed are "
+            "yes-no language models such as Qwen/Qwen3-Reranker-4B, whose server tells how likely "
+            "both answers are. Choose such a model, or --engine=local"
+        )
 
 
 def stage_fingerprint(stage: RerankStage, spec: RerankerSpec) -> dict[str, Any]:

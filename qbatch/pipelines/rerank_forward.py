@@ -12,7 +12,10 @@ import pyarrow as pa
 
 from qbatch.corpus.reasons import KILLED_PROCESS, NON_FINITE_SCORE
 from qbatch.models.hub import resolve_model
+from qbatch.models.remote_reranker import RemoteReranker
+from qbatch.models.rerank_templates import answer_ids
 from qbatch.models.rerank_tokens import CandidateTokens
+from qbatch.models.tokenization import read_tokenizer
 from qbatch.pipelines.embed_task import unit_row, unit_table
 from qbatch.pipelines.rerank_pairs import pair_rejects
 from qbatch.pipelines.rerank_task import RerankStage, RerankTask, query_bounds, tokens_of
@@ -27,8 +30,12 @@ Tokens = Mapping[int, list[CandidateTokens]]
 
 def build_reranker(
     task: RerankTask, stage: RerankStage, num_threads: int | None = None
-) -> "Reranker":
-    """Load one model of a task in this process."""
+) -> "Reranker | RemoteReranker":
+    """Load one model of a task in this process, or prepare to ask its server."""
+    if stage.server is not None:
+        folder = resolve_model(stage.model, stage.revision)
+        tokenizer = read_tokenizer(folder, stage.spec.tokenizer)
+        return RemoteReranker(stage.server, answer_ids(tokenizer))
     from qbatch.models.reranker import RerankerConfig  # noqa: PLC0415 - drivers need no torch
 
     config = RerankerConfig(
@@ -137,6 +144,7 @@ class RerankActor(CarefulActor):
         after = [reranker.stats for reranker in self._rerankers]
         changes = list(zip(before, after, strict=True))
         return {
+            "packs": sum(b.num_packs - a.num_packs for a, b in changes),
             "tokens": sum(b.num_tokens - a.num_tokens for a, b in changes),
             "tokens_saved": sum(b.num_saved - a.num_saved for a, b in changes),
         }

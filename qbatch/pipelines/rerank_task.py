@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from qbatch.models.rerank_tokens import CandidateTokens, PairTokenizerSpec
+from qbatch.models.server import ServerConfig
 from qbatch.schema import ComputeDtype
 
 Fusion = Literal["none", "rrf", "weighted"]
@@ -30,6 +31,9 @@ class RerankStage:
     """Number of the stage whose tokens this one reads: its own, or an earlier one's like it."""
     keep: int | None = None
     """Candidates of a query that go on to the next stage."""
+    server: ServerConfig | None = None
+    """Computes the scores; None is the model in each actor. Not in the fingerprint: it has to give
+    the scores of the same model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +51,11 @@ class RerankTask:
     fusion_weight: float
     fingerprint: str = ""
     """Id of everything besides a unit that changes its output; written into every file."""
+
+    @property
+    def needs_models(self) -> bool:
+        """Whether actors load any model: not where a server computes the only stage."""
+        return any(stage.server is None for stage in self.stages)
 
 
 _IDS = pa.large_list(pa.int32())

@@ -443,7 +443,7 @@ def _make_units(
         },
         write=partial(write_pairs, task=task),
     )
-    watchers = (progress, UnitMetrics("synthesize"))
+    watchers = (progress, UnitMetrics("synthesize", len(plan) - len(done)))
     yield from make_units(plan, done, stages, pool, most_units=_BLOCK_UNITS, watchers=watchers)
 
 

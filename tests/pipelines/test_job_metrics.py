@@ -43,8 +43,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def test_the_dashboard_draws_what_jobs_count():
     text = DASHBOARD.read_text()
     names = {name for name, _ in metrics._COUNTED.values()}
-    names |= {"qbatch_units", "qbatch_rejected", "qbatch_stage_seconds"}
-    drawn = set(re.findall(r"ray_(qbatch_\w+?)_total", text))
+    names |= {"qbatch_units", "qbatch_units_waiting", "qbatch_packs"}
+    names |= {"qbatch_rejected", "qbatch_stage_seconds"}
+    drawn = set(re.findall(r"ray_(qbatch_\w+?)(?:_total|\{)", text))
     assert drawn <= names
     assert len(drawn) > 5
     panels = json.loads(text)["panels"]
@@ -81,5 +82,7 @@ def test_scraped_counters_are_those_of_the_summary(tmp_path, tiny_model):
     wait_for(lambda: added()["rows"] >= summary["rows_in"])
     assert added() == expected
     assert summary["rejected"] == {"null_text": 1}
+    assert total("ray_qbatch_packs_total", job="embed") > 0
+    assert total("ray_qbatch_units_waiting", job="embed") == 0
     assert total("ray_qbatch_rejected_total", job="embed", reason="null_text") >= 1
     assert total("ray_qbatch_stage_seconds_total", job="embed", stage="forward") > 0

@@ -24,6 +24,7 @@ from tests.candidate_tables import (
     write_lines,
     write_run,
 )
+from tests.completion_server import completion_server
 from tests.tiny_models import write_tiny_cross_encoder
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -130,6 +131,30 @@ def test_a_qwen3_over_s3_shares_prefixes(s3_bucket, tiny_judge):
     summary = rerank_candidates(replace(config, instruction="find w1x"))
     assert 0.5 < summary["prefix_share"] < 1
     assert_exact(config.output, tiny_judge, instruction="find w1x")
+
+
+def test_a_server_scores_what_the_actors_would(tmp_path, tiny_judge):
+    """The last of a cascade may be served; a document that the server refuses is rejected alone."""
+    small = str(write_tiny_cross_encoder(tmp_path / "small", seed=5))
+    flags = write_run(str(tmp_path), MADE)
+    local = job(f"{tmp_path}/local", tiny_judge, cascade=(f"{small}:6",), **flags)
+    rerank_candidates(local)
+    vocab = json.loads(Path(tiny_judge, "tokenizer.json").read_text())["model"]["vocab"]
+    with completion_server(tiny_judge, refused=vocab["~"]) as (endpoint, state):
+        served = replace(local, output=f"{tmp_path}/served", engine="http", endpoint=endpoint)
+        rerank_candidates(served)
+        assert state.statuses[200] > 0
+        tables = [open_table(config.output) for config in (local, served)]
+        assert tables[0].generation.fingerprint == tables[1].generation.fingerprint
+        for query_id, rows in hits_of(served.output).items():
+            keys = {h["doc_id"]: h["log_odds"] for h in hits_of(local.output)[query_id]}
+            assert_ranked(rows, keys)
+        rows = [dict(row, text="a ~") if i == 3 else row for i, row in enumerate(long_rows(MADE))]
+        write_lines(f"{tmp_path}/c/a.jsonl", rows)
+        texts = {"run": None, "queries": None, "corpus": None, "candidates": f"{tmp_path}/c"}
+        odd = replace(served, cascade=(), max_bad_fraction=0.1, **texts)
+        summary = rerank_candidates(replace(odd, output=f"{tmp_path}/odd"))
+    assert summary["rejected"] == {"non_finite_score": 1}
 
 
 @pytest.mark.slow
@@ -275,6 +300,8 @@ def test_a_dry_run_estimates_and_writes_nothing(config, tmp_path):
         ({"max_tokens": 4096}, ConfigError, "max_tokens is out of range: 4096"),
         ({"scorer": "yes-no"}, ConfigError, "does not fit the model"),
         ({"model": "no/such-model"}, ConfigError, "No model directory"),
+        ({"engine": "http"}, ConfigError, "--engine=http needs --endpoint"),
+        ({"engine": "http", "endpoint": "http://x"}, ConfigError, "for a cross-encoder model"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(config, changes, error, message):
