@@ -81,8 +81,7 @@ for name in sys.argv[1:]:
         if logging.getLogger(log).handlers:
             handlers.setdefault(name, log or "root")
 changed = sorted(k for k in before.keys() | os.environ if before.get(k) != os.environ.get(k))
-heavy = {"torch", "ray", "transformers", "faiss", "transformers.modeling_utils"}
-heavy = sorted(heavy & set(sys.modules))
+heavy = sorted({"torch", "ray", "transformers", "faiss"} & set(sys.modules))
 print(json.dumps({"handlers": handlers, "environment": changed, "heavy": heavy}))
 """
 
@@ -196,5 +195,6 @@ def test_light_modules_load_no_heavy_library():
     assert imported(light)["heavy"] == []
 
 
-def test_drivers_load_no_model_code():
-    assert "transformers.modeling_utils" not in imported(DRIVERS)["heavy"]
+def test_drivers_load_no_model_library():
+    """Two seconds, in which Ray could start; what they need of it they import later."""
+    assert not {"torch", "transformers"} & set(imported(DRIVERS)["heavy"])

@@ -5,13 +5,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qbatch.errors import ConfigError
 from qbatch.models.tokenization import TokenizerSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Pooling = Literal["last", "mean", "cls"]
 
@@ -88,22 +88,27 @@ def load_spec(path: Path) -> ModelSpec:
     )
 
 
-def read_config(root: Path) -> PreTrainedConfig:
+def read_config(root: Path) -> "PreTrainedConfig":
     """Return config.json as transformers reads it: renamed and missing settings filled in.
 
     Raises:
         ConfigError: transformers has no such architecture, or the model wants its own code or has
             an encoder and a decoder.
     """
+    # It loads torch: two seconds, which drivers spend while Ray starts.
+    import transformers  # noqa: PLC0415
+
     raw = read_json(root / "config.json")
     refuse_remote_code(root, raw)
-    if raw.get("model_type") not in CONFIG_MAPPING:
+    if raw.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ConfigError(
             f"Unknown architecture in {root / 'config.json'}: {raw.get('model_type')!r}. Allowed "
             f"are those built into transformers {transformers.__version__}; choose such a model, "
             "or a newer transformers."
         )
-    config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(
+        root, local_files_only=True, trust_remote_code=False
+    )
     if config.is_encoder_decoder:
         raise ConfigError(
             f"Unsupported architecture in {root}: {config.model_type!r} has an encoder and a "
@@ -219,7 +224,9 @@ def _prompts(sentence: dict[str, Any]) -> dict[str, str]:
     return prompts
 
 
-def read_max_tokens(root: Path, config: PreTrainedConfig, tokenizer_config: dict[str, Any]) -> int:
+def read_max_tokens(
+    root: Path, config: "PreTrainedConfig", tokenizer_config: dict[str, Any]
+) -> int:
     """Return the smallest length limit that a model directory states, special tokens included."""
     file = next(root.glob("sentence_*_config.json"), None)  # sentence_bert_, sentence_roberta_ ...
     sentence = read_json(file) if file else {}
@@ -236,7 +243,7 @@ def read_max_tokens(root: Path, config: PreTrainedConfig, tokenizer_config: dict
     return int(min(limit for limit in limits if limit is not None))
 
 
-def position_offset(config: PreTrainedConfig) -> int:
+def position_offset(config: "PreTrainedConfig") -> int:
     """Return the position of a text's first token: RoBERTa's kin count from the pad id plus one."""
     counts_from_pad = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"}
     return int(config.pad_token_id) + 1 if config.model_type in counts_from_pad else 0

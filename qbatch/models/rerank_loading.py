@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import PreTrainedConfig
 
 from qbatch.errors import ConfigError
 from qbatch.models.loading import (
@@ -21,6 +20,9 @@ from qbatch.models.rerank_prompts import NO, YES
 from qbatch.models.rerank_templates import ScorerName
 from qbatch.models.rerank_tokens import PairTokenizerSpec
 from qbatch.models.tokenization import TokenizerSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Head = Literal["language-model", "decoder-class", "encoder-class"]
 """What a checkpoint ends in: next-token logits, or one label read at the last or first token."""
@@ -109,7 +111,7 @@ def tensor_files(path: Path) -> dict[str, Path]:
     return files
 
 
-def _read_head(path: Path, config: PreTrainedConfig) -> Head:
+def _read_head(path: Path, config: "PreTrainedConfig") -> Head:
     name = (config.architectures or [""])[0]
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "language-model"

@@ -6,13 +6,14 @@ measured; a real engine reaches a part of it.
 """
 
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from qbatch.errors import ConfigError
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import load_spec, read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +98,7 @@ def roofline(config: RooflineConfig) -> dict[str, Any]:
     }
 
 
-def flops_per_token(shape: PreTrainedConfig, tokens_per_text: int) -> int:
+def flops_per_token(shape: "PreTrainedConfig", tokens_per_text: int) -> int:
     """Return the operations of all layers for a token: a multiplication and an addition a weight.
 
     Args:
@@ -107,11 +108,11 @@ def flops_per_token(shape: PreTrainedConfig, tokens_per_text: int) -> int:
     return 2 * _weights_in_layers(shape) + attention_flops(shape, tokens_per_text)
 
 
-def _weights_in_layers(shape: PreTrainedConfig) -> int:
+def _weights_in_layers(shape: "PreTrainedConfig") -> int:
     return layer_weights(shape) * int(shape.num_hidden_layers)
 
 
-def layer_weights(shape: PreTrainedConfig) -> int:
+def layer_weights(shape: "PreTrainedConfig") -> int:
     """Return the weights of one layer's matrix products, of a transformers config."""
     heads = shape.num_attention_heads
     kv_heads = getattr(shape, "num_key_value_heads", None) or heads
@@ -122,7 +123,7 @@ def layer_weights(shape: PreTrainedConfig) -> int:
     return int(attention) + mlp
 
 
-def attention_flops(shape: PreTrainedConfig, tokens_per_text: int) -> int:
+def attention_flops(shape: "PreTrainedConfig", tokens_per_text: int) -> int:
     """Return what scores and weighted sums of all layers cost a token, half where it is causal."""
     is_causal = shape.model_type == "qwen3"
     width = shape.num_attention_heads * _head_dim(shape)
@@ -130,6 +131,6 @@ def attention_flops(shape: PreTrainedConfig, tokens_per_text: int) -> int:
     return int(cost // 2 if is_causal else cost)
 
 
-def _head_dim(shape: PreTrainedConfig) -> int:
+def _head_dim(shape: "PreTrainedConfig") -> int:
     given = getattr(shape, "head_dim", None)
     return int(given or shape.hidden_size // shape.num_attention_heads)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -184,56 +185,101 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
         QbatchError: Each subclass ends the job with its own exit code; see qbatch.errors.
     """
     started = time.perf_counter()
-    spec = load_spec(resolve_model(config.model, config.revision))
+    model = resolve_model(config.model, config.revision)
     if config.dry_run:
-        return _estimate(config, spec)
+        return _estimate(config, load_spec(model))
     storage = Storage(config.output, single_writer=config.single_writer)
     probe(storage)
     current = latest_generation(storage)
-    with ray_session(stall_timeout_s=config.stall_timeout_s):
-        pool = plan_embed_pool(config)
-        task, fingerprint = _resolve(config, spec, storage, pool)
-        plan = Plan(plan_units(task.corpus), task.unit_fingerprint)
-        done = finished_units(storage, plan.keys, current)
-        log.info("%d units planned, %d of them finished already", len(plan), len(done))
-        progress = EmbedProgress(len(plan) - len(done))
-        find_vanished = partial(
-            vanished_files,
-            storage,
-            current,
-            plan.keys,
-            fingerprint=fingerprint,
-            reuse=config.reuse,
-            stall_timeout_s=config.stall_timeout_s,
+    # Ray takes seconds to start and to stop: what can do without it is done beside.
+    with ThreadPoolExecutor(1) as beside:
+        loading = beside.submit(load_spec, model)
+        with ray_session(stall_timeout_s=config.stall_timeout_s):
+            pool = plan_embed_pool(config)
+            spec = loading.result()
+            task, fingerprint = _resolve(config, spec, storage, pool)
+            plan = Plan(plan_units(task.corpus), task.unit_fingerprint)
+            done = finished_units(storage, plan.keys, current)
+            log.info("%d units planned, %d of them finished already", len(plan), len(done))
+            progress = EmbedProgress(len(plan) - len(done))
+            find_vanished = partial(
+                vanished_files,
+                storage,
+                current,
+                plan.keys,
+                fingerprint=fingerprint,
+                reuse=config.reuse,
+                stall_timeout_s=config.stall_timeout_s,
+            )
+            made = list(_make_units(plan, done, task, pool, progress, find_vanished))
+            embedded = _Embedded(
+                config=config,
+                spec=spec,
+                storage=storage,
+                current=current,
+                fingerprint=fingerprint,
+                plan=plan,
+                done=done,
+                made=made,
+                progress=progress,
+            )
+            publishing = beside.submit(embedded.publish, started)
+        return publishing.result()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Embedded:
+    """A finished corpus that is not published yet."""
+
+    config: EmbedCorpusConfig
+    spec: ModelSpec
+    storage: Storage
+    current: Generation | None
+    """The newest one when the job began: a later one of another writer wins."""
+    fingerprint: dict[str, Any]
+    plan: Plan
+    done: pa.Table
+    """OUTPUTS of units that were finished before."""
+    made: list[dict[str, Any]]
+    """The same of this run's."""
+    progress: EmbedProgress
+
+    def publish(self, started: float) -> dict[str, Any]:
+        """Check that all rows are there, list the files, write the report; return the summary."""
+        outputs = pa.concat_tables([self.done, pa.Table.from_pylist(self.made, schema=OUTPUTS)])
+        counts = total_counts(outputs)
+        check_bad_input(counts, self.config)
+        draft = Generation(
+            kind="vectors",
+            fingerprint=self.fingerprint,
+            config=asdict(self.config),
+            counts=counts,
+            files=listed_files(outputs),
+            rejects=listed_rejects(outputs),
+            plan=write_units(self.storage, self.plan, outputs),
         )
-        made = list(_make_units(plan, done, task, pool, progress, find_vanished))
-    outputs = pa.concat_tables([done, pa.Table.from_pylist(made, schema=OUTPUTS)])
-    counts = total_counts(outputs)
-    check_bad_input(counts, config)
-    draft = Generation(
-        kind="vectors",
-        fingerprint=fingerprint,
-        config=asdict(config),
-        counts=counts,
-        files=listed_files(outputs),
-        rejects=listed_rejects(outputs),
-        plan=write_units(storage, plan, outputs),
-    )
-    published = publish_change(storage, draft, current)
-    summary = {
-        "generation": published.number,
-        "rows_in": counts["rows_in"],
-        "passages": counts["passages"],
-        "rejected": counts["rejected"],
-        "units_made": len(made),
-        "units_reused": len(done),
-        "passages_embedded": progress.num_embedded,
-        "tokens": counts["tokens"],
-        **progress.summary(total_s=time.perf_counter() - started),
-    }
-    details = partial(_details, config, spec, PublishedTable(storage, published), progress)
-    write_report(storage, "vectors", summary, details)
-    return summary
+        published = publish_change(self.storage, draft, self.current)
+        summary = {
+            "generation": published.number,
+            "rows_in": counts["rows_in"],
+            "passages": counts["passages"],
+            "rejected": counts["rejected"],
+            "units_made": len(self.made),
+            "units_reused": len(self.done),
+            "passages_embedded": self.progress.num_embedded,
+            "tokens": counts["tokens"],
+            **self.progress.summary(total_s=time.perf_counter() - started),
+        }
+        table = PublishedTable(self.storage, published)
+        write_report(self.storage, "vectors", summary, partial(self._details, table))
+        return summary
+
+    def _details(self, table: PublishedTable) -> dict[str, Any]:
+        counts = table.generation.counts
+        mean_tokens = counts["tokens"] // max(1, counts["passages"])
+        flops = flops_per_token(read_config(self.spec.path), mean_tokens)
+        compute = self.progress.compute(flops, self.config.gpu_hourly_price)
+        return {**self.progress.details(), "compute": compute, **vectors_details(table)}
 
 
 def plan_embed_pool(config: EmbedCorpusConfig) -> PoolPlan:
@@ -241,16 +287,6 @@ def plan_embed_pool(config: EmbedCorpusConfig) -> PoolPlan:
     no_gpus = config.engine == "http" or config.weights == "int8"
     gpus = 0.0 if no_gpus else config.gpus_per_actor
     return plan_pool(config.min_actors, config.max_actors, gpus)
-
-
-def _details(
-    config: EmbedCorpusConfig, spec: ModelSpec, table: PublishedTable, progress: EmbedProgress
-) -> dict[str, Any]:
-    counts = table.generation.counts
-    mean_tokens = counts["tokens"] // max(1, counts["passages"])
-    flops = flops_per_token(read_config(spec.path), mean_tokens)
-    compute = progress.compute(flops, config.gpu_hourly_price)
-    return {**progress.details(), "compute": compute, **vectors_details(table)}
 
 
 def _resolve(

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -45,7 +46,7 @@ from qbatch.pipelines.rerank_cascade import (
 from qbatch.pipelines.rerank_estimate import estimate_reranking
 from qbatch.pipelines.rerank_forward import RerankActor
 from qbatch.pipelines.rerank_lists import NestedColumns
-from qbatch.pipelines.rerank_plan import JoinPlan, join_candidates
+from qbatch.pipelines.rerank_plan import Joined, JoinPlan, join_candidates
 from qbatch.pipelines.rerank_read import read_and_tokenize_pairs
 from qbatch.pipelines.rerank_samples import sample_queries
 from qbatch.pipelines.rerank_sources import candidate_source, run_source
@@ -230,6 +231,47 @@ def rerank_candidates(config: RerankCandidatesConfig) -> dict[str, Any]:
         QbatchError: Each subclass ends the job with its own exit code; see qbatch.errors.
     """
     started = time.perf_counter()
+    if config.dry_run:
+        return _estimate(config, _make_task(config)[0])
+    storage = Storage(config.output, single_writer=config.single_writer)
+    probe(storage)
+    current = latest_generation(storage)
+    # Ray takes seconds to start and to stop: what can do without it is done beside.
+    with ThreadPoolExecutor(1) as beside:
+        loading = beside.submit(_make_task, config)
+        with ray_session(stall_timeout_s=config.stall_timeout_s):
+            task, models = loading.result()
+            gpus = config.gpus_per_actor if task.needs_models else 0.0
+            pool = plan_pool(config.min_actors, config.max_actors, gpus)
+            task = replace(task, dtype=compute_dtype(config.dtype, pool.gpus_per_actor))
+            settings = scoring_fingerprint(task, models)
+            task = replace(task, fingerprint=fingerprint_id(settings))
+            joined = join_candidates(
+                storage, config.join_plan(), stall_timeout_s=config.stall_timeout_s
+            )
+            join_s = time.perf_counter() - started
+            plan = Plan(joined.units, task.fingerprint)
+            done = finished_units(storage, plan.keys, current)
+            log.info("%d units planned, %d of them finished already", len(plan), len(done))
+            progress = RerankProgress(len(plan) - len(done))
+            reranked = _Reranked(
+                config=config,
+                storage=storage,
+                current=current,
+                settings=settings,
+                joined=joined,
+                join_s=join_s,
+                plan=plan,
+                done=done,
+                made=list(_make_units(plan, done, task, pool, progress)),
+                progress=progress,
+            )
+            publishing = beside.submit(reranked.publish, started)
+        return publishing.result()
+
+
+def _make_task(config: RerankCandidatesConfig) -> tuple[RerankTask, list[dict[str, Any]]]:
+    """Look at the models; return what all processes need to know, and what each model is."""
     cascade = parse_cascade(config.cascade)
     last = LastModel(
         model=config.model,
@@ -250,13 +292,7 @@ def rerank_candidates(config: RerankCandidatesConfig) -> dict[str, Any]:
         fusion=config.fusion,
         fusion_weight=config.fusion_weight,
     )
-    if config.dry_run:
-        return _estimate(config, task)
-    storage = Storage(config.output, single_writer=config.single_writer)
-    probe(storage)
-    models = [stage_fingerprint(s, spec) for s, spec in zip(stages, specs, strict=True)]
-    rerank = _Rerank(config=config, storage=storage, current=latest_generation(storage))
-    return rerank.run(task, models, started)
+    return task, [stage_fingerprint(s, spec) for s, spec in zip(stages, specs, strict=True)]
 
 
 def _estimate(config: RerankCandidatesConfig, task: RerankTask) -> dict[str, Any]:
@@ -274,46 +310,37 @@ def _estimate(config: RerankCandidatesConfig, task: RerankTask) -> dict[str, Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Rerank:
-    """What the steps of one job share."""
+class _Reranked:
+    """Scored candidates that are not published yet."""
 
     config: RerankCandidatesConfig
     storage: Storage
     current: Generation | None
     """The newest one when the job began: a later one of another writer wins."""
+    settings: dict[str, Any]
+    """The fingerprint, but for the input."""
+    joined: Joined
+    join_s: float
+    plan: Plan
+    done: pa.Table
+    """OUTPUTS of units that were finished before."""
+    made: list[dict[str, Any]]
+    """The same of this run's."""
+    progress: RerankProgress
 
-    def run(self, task: RerankTask, models: list[dict[str, Any]], started: float) -> dict[str, Any]:
-        """Join, rerank what is missing, publish; return the summary."""
-        config = self.config
-        with ray_session(stall_timeout_s=config.stall_timeout_s):
-            pool = plan_pool(
-                config.min_actors,
-                config.max_actors,
-                config.gpus_per_actor if task.needs_models else 0.0,
-            )
-            task = replace(task, dtype=compute_dtype(config.dtype, pool.gpus_per_actor))
-            settings = scoring_fingerprint(task, models)
-            task = replace(task, fingerprint=fingerprint_id(settings))
-            joined = join_candidates(
-                self.storage, config.join_plan(), stall_timeout_s=config.stall_timeout_s
-            )
-            join_s = time.perf_counter() - started
-            plan = Plan(joined.units, task.fingerprint)
-            done = finished_units(self.storage, plan.keys, self.current)
-            log.info("%d units planned, %d of them finished already", len(plan), len(done))
-            progress = RerankProgress(len(plan) - len(done))
-            made = list(_make_units(plan, done, task, pool, progress))
-        outputs = pa.concat_tables([done, pa.Table.from_pylist(made, schema=OUTPUTS)])
+    def publish(self, started: float) -> dict[str, Any]:
+        """Check that all pairs are there, list the files, write the report; return the summary."""
+        outputs = pa.concat_tables([self.done, pa.Table.from_pylist(self.made, schema=OUTPUTS)])
         counts = total_counts(outputs)
-        check_pairs(counts, config)
+        check_pairs(counts, self.config)
         draft = Generation(
             kind="run",
-            fingerprint={**settings, "input": joined.input_id},
-            config=asdict(config),
+            fingerprint={**self.settings, "input": self.joined.input_id},
+            config=asdict(self.config),
             counts=counts,
             files=listed_files(outputs),
             rejects=listed_rejects(outputs),
-            plan=write_units(self.storage, plan, outputs),
+            plan=write_units(self.storage, self.plan, outputs),
         )
         published = publish_change(self.storage, draft, self.current)
         tokens = counts["tokens"]
@@ -321,9 +348,9 @@ class _Rerank:
             "generation": published.number,
             **counts,
             "prefix_share": round(counts["tokens_saved"] / tokens, 4) if tokens else None,
-            "units_made": len(made),
-            "units_reused": len(done),
-            **progress.summary(join_s=join_s, total_s=time.perf_counter() - started),
+            "units_made": len(self.made),
+            "units_reused": len(self.done),
+            **self.progress.summary(join_s=self.join_s, total_s=time.perf_counter() - started),
         }
         table = PublishedTable(self.storage, published)
         write_report(
@@ -331,9 +358,9 @@ class _Rerank:
             "reranked",
             summary,
             lambda: {
-                **progress.details(),
+                **self.progress.details(),
                 **reranked_details(table),
-                "samples": sample_queries(table, joined.units, plan.keys, outputs),
+                "samples": sample_queries(table, self.joined.units, self.plan.keys, outputs),
             },
         )
         return summary
