@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+TOOLS := .venv-tools
 ASSETS := $(PY) -m qbatch.quickstart.assets
 PYTEST := $(PY) -m pytest
 
-.PHONY: help venv assets quickstart test test-slow faults bundled-models lint bench
+.PHONY: help venv assets quickstart test test-slow faults bundled-models lint bench lock audit
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -69,3 +70,15 @@ lint: venv ## check style and types
 bench: venv ## measure speed against other tools, side by side
 	@$(ASSETS) minilm qwen3-tokenizer debian-descriptions perlfaq >/dev/null
 	@$(PY) -m tests.benchmarks
+
+$(TOOLS)/.installed:
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check uv pip-audit
+	@touch $@
+
+lock: $(TOOLS)/.installed ## write requirements.lock, the image's packages with their hashes, from constraints.txt
+	@$(TOOLS)/bin/uv pip compile pyproject.toml --constraints constraints.txt --universal --python-version 3.11 \
+	  --generate-hashes --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.lock
+
+audit: $(TOOLS)/.installed ## look for known vulnerabilities in the locked packages (asks pypi.org)
+	@$(TOOLS)/bin/pip-audit --requirement requirements.lock --require-hashes --disable-pip --strict

@@ -34,11 +34,9 @@ def test_the_user_is_the_one_that_pods_demand(instructions):
     assert {f"{uid}:{gid}" for uid, gid in pod_users(overlay("production"))} == {user}
 
 
-def test_packages_come_as_tested(instructions):
+def test_packages_come_as_locked(instructions):
     (install,) = (run for run in values(instructions, "RUN") if "pip install" in run)
-    assert "-c constraints.txt" in install
-    assert "-r requirements.txt" in install
-    assert "optional-dependencies" not in install
+    assert install.split()[-3:] == ["--require-hashes", "-r", "requirements.lock"]
 
 
 def test_the_hub_is_never_asked_and_nothing_is_secret(instructions):
@@ -53,7 +51,7 @@ def test_what_is_copied_is_there_and_not_ignored(instructions):
     rules = [line for line in lines if line and not line.startswith("#")]
     copied = [c.split()[:-1] for c in values(instructions, "COPY") if not c.startswith("--from")]
     sources = {source for names in copied for source in names}
-    assert sources == {"pyproject.toml", "constraints.txt", "LICENSE", "NOTICE", "qbatch", "jobs"}
+    assert sources == {"requirements.lock", "LICENSE", "NOTICE", "qbatch", "jobs"}
     for source in sources:
         assert (ROOT / source).exists()
         assert [r for r in rules if fnmatch(source, r.removeprefix("!"))][-1] == f"!{source}"
