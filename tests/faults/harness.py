@@ -33,8 +33,6 @@ import ray
 import s3fs
 
 from qbatch.errors import QbatchError
-from qbatch.manifest import latest_generation
-from qbatch.storage import Storage
 from tests.durable_writes import Killed
 from tests.faults import injection, proxy
 from tests.faults.broken_protocol import append_everything
@@ -151,7 +149,7 @@ def run_once(job: JobUnderTest, output: str, tally: Tally) -> bool:
 
 def check(job: JobUnderTest, output: str, tally: Tally, *, must_exist: bool) -> None:
     """Compare what is published, if anything is, with the input."""
-    if latest_generation(Storage(output)) is None:
+    if not job.has_published(output):
         if must_exist:
             tally.wrong.append("the second run published nothing")
         return

@@ -3,21 +3,27 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qbatch.index.stored import stored_shards
-from qbatch.manifest import read_verified
+from qbatch.manifest import latest_generation, read_verified
 from qbatch.pipelines.build_index import BuildIndexConfig, build_index
 from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus
+from qbatch.pipelines.filter_pairs import FilterPairsConfig, filter_pairs
 from qbatch.pipelines.precompute import PrecomputeConfig, precompute
+from qbatch.pipelines.reindex import PublishStep, reindex
 from qbatch.pipelines.rerank import RerankCandidatesConfig, rerank_candidates
 from qbatch.pipelines.search_index import SearchIndexConfig, search_index
+from qbatch.release import open_release, release_numbers
 from qbatch.storage import Storage
 from qbatch.tables import open_table, open_vectors
 from tests.candidate_tables import make_candidates, write_run
+from tests.nights import Corpus, indexed_documents, night_config, write_queries
+from tests.pair_tables import write_json_lines
 from tests.tiny_models import write_tiny_cross_encoder, write_tiny_encoder
 from tests.vector_tables import clustered, rows_table, split_files, write_vectors
 
@@ -25,6 +31,7 @@ Rows = Iterable[Hashable]
 
 _NUM_FILES, _ROWS_PER_FILE, _BROKEN_LINE = 8, 12, 7
 _DOCUMENTS, _DIM, _TOP_K = 300, 16, 5
+_NUM_QUERIES = 12
 
 
 class JobUnderTest(ABC):
@@ -41,6 +48,10 @@ class JobUnderTest(ABC):
     @abstractmethod
     def run(self, output: str) -> object:
         """Run the job."""
+
+    def has_published(self, output: str) -> bool:
+        """Tell whether readers find anything."""
+        return latest_generation(Storage(output)) is not None
 
     @abstractmethod
     def expected(self) -> Rows:
@@ -207,6 +218,74 @@ class Precompute(JobUnderTest):
             yield from table["key"].to_pylist()
 
 
+class Filter(JobUnderTest):
+    name = "filter"
+
+    def __init__(self, folder: Path) -> None:
+        self._model = str(write_tiny_encoder(folder / "pair-encoder"))
+        self._pairs = f"{folder}/of-filter"
+        for i in range(4):
+            rows = [
+                {"doc_id": f"d{i}-{j}", "query": f"ask {j} of {i}", "document": f"told {i} {j}"}
+                for j in range(_ROWS_PER_FILE)
+            ]
+            rows[_BROKEN_LINE]["query"] = None
+            write_json_lines(self._pairs, f"{i}.jsonl", rows)
+
+    def run(self, output: str) -> object:
+        config = FilterPairsConfig(
+            pairs=self._pairs,
+            output=output,
+            model=self._model,
+            dtype="float32",
+            unit_bytes=400,
+            quantile=0.3,
+            max_bad_fraction=0.2,
+        )
+        return filter_pairs(config)
+
+    def expected(self) -> Rows:
+        return [f"d{i}-{j}" for i in range(4) for j in range(_ROWS_PER_FILE)]
+
+    def rows(self, output: str) -> Rows:
+        table = open_table(output)
+        for part in (table.to_table(["doc_id"]), table.rejects()):
+            yield from part["doc_id"].to_pylist()
+
+
+class Night(JobUnderTest):
+    name = "night"
+
+    def __init__(self, folder: Path) -> None:
+        self._uri = str(folder / "of-night")
+        self._model = str(write_tiny_encoder(folder / "night-encoder"))
+        self._corpus = Corpus(f"{self._uri}/corpus", num_files=3)
+        self._corpus.write()
+        write_queries(f"{self._uri}/queries.jsonl", _NUM_QUERIES)
+
+    def run(self, output: str) -> object:
+        """Run without a lease: what is right must not depend on it."""
+        config = night_config(self._uri, self._model, publish=PublishStep(lease_s=0))
+        return reindex(replace(config, output=output))
+
+    def has_published(self, output: str) -> bool:
+        return bool(release_numbers(Storage(output)))
+
+    def expected(self) -> Rows:
+        for name in ("vectors", "index", "related"):
+            yield from ((name, doc_id) for doc_id in self._corpus.documents)
+        yield from (("answers", f"q{i}") for i in range(_NUM_QUERIES))
+
+    def rows(self, output: str) -> Rows:
+        release = open_release(output)
+        vectors = release.open("vectors").to_table(["doc_id"])["doc_id"].to_pylist()
+        yield from (("vectors", doc_id) for doc_id in vectors)
+        yield from (("index", doc_id) for doc_id in indexed_documents(release))
+        for name in ("related", "answers"):
+            for table in release.open(name).iter_tables(["key"]):
+                yield from ((name, key) for key in table["key"].to_pylist())
+
+
 JOBS: dict[str, Callable[[Path], JobUnderTest]] = {
-    job.name: job for job in (Embed, Index, Search, Rerank, Precompute)
+    job.name: job for job in (Embed, Index, Search, Rerank, Precompute, Filter, Night)
 }
