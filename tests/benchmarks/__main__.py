@@ -30,20 +30,27 @@ DTYPES = ["bfloat16", "float32"] if HAS_BFLOAT16 else ["float32"]
 
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "engine": lambda: bench_embed_engine.main(["--num-texts", "80", "--dtypes", *DTYPES]),
+    "deep": lambda: bench_embed_engine.main(
+        [
+            *("--models", "qwen3", "--layers", "28", "--num-texts", "24", "--pairs", "2"),
+            "--dtypes",
+            *DTYPES,
+        ]
+    ),
     "long": lambda: bench_embed_engine.main(
         ["--models", "qwen3", "--kind", "long documents", "--num-texts", "8", "--dtypes", *DTYPES]
     ),
     "rerank": lambda: bench_rerank.main(
         ["--num-queries", "1", "--num-short", "200", "--dtypes", *DTYPES]
     ),
-    "peers": lambda: bench_embed_peers.main(["--num-texts", "2000", "--turns", "2"]),
+    "peers": lambda: bench_embed_peers.main(["--num-texts", "3000", "--turns", "2"]),
     "job": lambda: bench_embed_job.main(["--num-texts", "3000", "--pairs", "2"]),
     "read": lambda: bench_vectors_read.main([]),
     "index": lambda: bench_index.main(
         ["--rows", "200000", "--queries", "5000", "--factory", "IVF2048,SQ8", "--shards", "4"]
     ),
 }
-"""Sizes that fit into half an hour on two cores; README also has a million vectors."""
+"""Sizes that fit into forty minutes on two cores; README also has a million vectors."""
 
 
 def main() -> None:

@@ -75,13 +75,17 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     return [table_row(found, options) for found in rows]
 
 
+WHOLE_LAYERS = 28
 NAMES = {"qwen3": "0.6B shape", "minilm": "MiniLM"}
 GOALS = {("qwen3", "bfloat16"): 2.5, ("qwen3", "float32"): 2.2}
 
 
 def table_row(found: dict, options: argparse.Namespace) -> Row:
     name = NAMES[found["model"]]
-    layers = f" cut to {options.layers} layers" if found["model"] == "qwen3" else ""
+    layers = ""
+    if found["model"] == "qwen3":
+        is_whole = options.layers == WHOLE_LAYERS
+        layers = f", all {WHOLE_LAYERS} layers" if is_whole else f" cut to {options.layers} layers"
     return Row(
         case=f"embedding {options.kind}, {name}{layers}, {found['dtype']}",
         against="sentence-transformers encode",
