@@ -7,7 +7,7 @@ TOOLS := .venv-tools
 ASSETS := $(PY) -m qbatch.quickstart.assets
 PYTEST := $(PY) -m pytest
 
-.PHONY: help venv assets quickstart test test-slow faults bundled-models lint bench lock audit
+.PHONY: help venv assets quickstart test test-slow faults bundled-models training-example lint bench lock audit
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -61,6 +61,25 @@ bundled-models: venv ## train small models from scratch; README says how far tha
 	@$(PY) jobs/train_reranker.py --config jobs/configs/bundled-reranker.toml
 	@$(PY) -m tests.benchmarks.bundled_quality --sets bundled-models/texts/evaluation \
 	  --embedder bundled-models/embedder --reranker bundled-models/reranker --dims 128 64
+
+training-example: venv ## write queries, filter, mine, train, merge and evaluate on the bundled corpus (minutes)
+	@$(PY) -m qbatch.quickstart.assets smollm2 minilm >/dev/null
+	@mkdir -p training-example/questions/qrels
+	@sed 's/"doc_id"/"_id"/' qbatch/quickstart/corpus.jsonl > training-example/questions/corpus.jsonl
+	@sed 's/"query_id"/"_id"/' qbatch/quickstart/queries.jsonl > training-example/questions/queries.jsonl
+	@cp qbatch/quickstart/qrels.tsv training-example/questions/qrels/test.tsv
+	$(PY) jobs/synthesize_pairs.py --config jobs/configs/example-synthesize.toml --model "$$($(ASSETS) smollm2)"
+	$(PY) jobs/filter_pairs.py --config jobs/configs/example-filter.toml --model "$$($(ASSETS) minilm)"
+	$(PY) jobs/embed_corpus.py --config jobs/configs/quickstart-embed.toml --output training-example/vectors \
+	  --model "$$($(ASSETS) minilm)"
+	$(PY) jobs/build_index.py --config jobs/configs/quickstart-index.toml \
+	  --vectors training-example/vectors --output training-example/index
+	$(PY) jobs/mine_negatives.py --config jobs/configs/example-mine.toml
+	$(PY) jobs/train_embedder.py --config jobs/configs/example-train.toml --model "$$($(ASSETS) minilm)"
+	$(PY) jobs/merge_checkpoints.py --output training-example/merged \
+	  --checkpoints "$$(ls -d training-example/trained/checkpoints/* | tail -n 2 | paste -sd ,)"
+	$(PY) jobs/evaluate.py --model "$$($(ASSETS) minilm)" --datasets training-example/questions --metrics ndcg@10,recall@10
+	$(PY) jobs/evaluate.py --model training-example/merged --datasets training-example/questions --metrics ndcg@10,recall@10
 
 lint: venv ## check style and types
 	@$(PY) -m ruff check .
