@@ -107,7 +107,7 @@ def load_generation(storage: Storage, number: int) -> Generation:
     path = _manifest_path(number)
     try:
         return _decode(storage, json.loads(storage.read(path)))
-    except (KeyError, TypeError, ValueError, pa.ArrowInvalid) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, pa.ArrowInvalid) as error:
         raise IntegrityError(
             f"{storage.object_uri(path)} is not a manifest ({type(error).__name__}: {error}). "
             "Restore it from a backup, or publish an older generation again"
@@ -250,6 +250,8 @@ def read_verified(storage: Storage, entry: Mapping[str, Any]) -> pa.Buffer:
     return data
 
 
-def _check_inside(path: str) -> None:
+def _check_inside(path: object) -> None:
+    if not isinstance(path, str):
+        raise TypeError(f"path {path!r} is no text")
     if path.startswith("/") or ".." in path.split("/") or "://" in path:
         raise ValueError(f"path {path!r} leaves the table")

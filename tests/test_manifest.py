@@ -107,12 +107,24 @@ def test_long_lists_move_to_parquet_with_their_hash(tmp_path):
         latest_generation(storage)
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"kind": 3}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"{}", b'{"kind": 3}', b"\xff\xfe", b"[" * 100_000]
+)
 def test_a_damaged_manifest_is_named(tmp_path, data):
     storage = Storage(str(tmp_path))
     publish(storage, draft("data/a"), after=0)
     storage.write("manifests/00000002.json", data)
     with pytest.raises(IntegrityError, match=r"00000002\.json is not a manifest"):
+        latest_generation(storage)
+
+
+def test_a_file_without_a_path_is_a_damaged_manifest(tmp_path):
+    storage = Storage(str(tmp_path))
+    publish(storage, draft("data/a"), after=0)
+    document = json.loads(storage.read("manifests/00000001.json"))
+    document["files"][0]["path"] = None
+    storage.write("manifests/00000002.json", json.dumps(document).encode())
+    with pytest.raises(IntegrityError, match="path None is no text"):
         latest_generation(storage)
 
 
