@@ -78,7 +78,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def unbroken(commands, tmp_path_factory) -> tuple[Path, list[dict]]:
-    place = place_at(tmp_path_factory.mktemp("example") / "unbroken")
+    place = place_at(tmp_path_factory.mktemp("example") / "place")
     return place, [run(command, place) for command in commands]
 
 
@@ -89,15 +89,17 @@ def test_the_merged_model_answers_the_questions_at_least_as_well(unbroken):
     assert after > before - 0.01
 
 
-def test_each_job_killed_and_run_again_ends_with_the_same_model(commands, unbroken, tmp_path):
-    whole, summaries = unbroken
-    place, num_killed = place_at(tmp_path / "killed"), 0
-    found = []
+def test_each_job_killed_and_run_again_ends_with_the_same_model(commands, unbroken):
+    """In the same place: which documents are drawn, and by what seed, goes by where they lie."""
+    place, summaries = unbroken
+    whole = (place / "training-example").rename(place / "unbroken")
+    num_killed, found = 0, []
     for command in commands:
         if "jobs/" in command and "evaluate.py" not in command:
             num_killed += run(f"exec {command}", place, kill=True) is None
         found.append(run(command, place))
     assert num_killed >= 6
     assert found[-1]["mean_retrieval"] == summaries[-1]["mean_retrieval"]
-    models = [side / "training-example" / "merged" / "model.safetensors" for side in (whole, place)]
+    sides = (whole, place / "training-example")
+    models = [side / "merged" / "model.safetensors" for side in sides]
     assert models[0].read_bytes() == models[1].read_bytes()
