@@ -1,16 +1,12 @@
 """What was published, in the hands of tools that know nothing of qbatch."""
 
-import json
-
 import lance
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer, util
 
 import qbatch
-from qbatch.pipelines.build_index import BuildIndexConfig, build_index
-from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus
-from qbatch.storage import Storage
+from tests.published_tables import publish_texts
 from tests.tiny_models import write_tiny_encoder
 
 pytestmark = pytest.mark.ray
@@ -22,19 +18,7 @@ TEXTS = [f"{word} {i}" for i, word in enumerate(["lamp", "river", "stone", "clou
 def published(ray_cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("interoperability")
     model = write_tiny_encoder(folder / "model")
-    lines = [json.dumps({"doc_id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS)]
-    Storage(f"{folder}/corpus").write("a.jsonl", "\n".join(lines).encode())
-    vectors = f"{folder}/vectors"
-    embed_corpus(
-        EmbedCorpusConfig(
-            input=f"{folder}/corpus", output=vectors, model=str(model), dtype="float32"
-        )
-    )
-    build_index(
-        BuildIndexConfig(
-            vectors=vectors, output=f"{folder}/index", factory="Flat", num_shards=1, num_probes=5
-        )
-    )
+    publish_texts(folder, model, TEXTS)
     return folder
 
 

@@ -1,6 +1,5 @@
 """Opening what was published, without Ray."""
 
-import json
 import subprocess
 import sys
 
@@ -11,10 +10,8 @@ import qbatch
 from qbatch.errors import ConfigError, NoInputError
 from qbatch.models.embedder import EmbedderConfig
 from qbatch.models.tokenization import TextTokenizer
-from qbatch.pipelines.build_index import BuildIndexConfig, build_index
-from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus
 from qbatch.schema import vector_matrix
-from qbatch.storage import Storage
+from tests.published_tables import publish_texts
 from tests.tiny_models import write_tiny_encoder
 
 TEXTS = [f"text number {i} about {'cats' if i % 2 else 'dogs'}" for i in range(60)]
@@ -24,22 +21,7 @@ TEXTS = [f"text number {i} about {'cats' if i % 2 else 'dogs'}" for i in range(6
 def published(ray_cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     model = write_tiny_encoder(folder / "model")
-    lines = [json.dumps({"doc_id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS)]
-    Storage(f"{folder}/corpus").write("a.jsonl", "\n".join(lines).encode())
-    embed_corpus(
-        EmbedCorpusConfig(
-            input=f"{folder}/corpus", output=f"{folder}/vectors", model=str(model), dtype="float32"
-        )
-    )
-    build_index(
-        BuildIndexConfig(
-            vectors=f"{folder}/vectors",
-            output=f"{folder}/index",
-            factory="Flat",
-            num_shards=1,
-            num_probes=5,
-        )
-    )
+    publish_texts(folder, model, TEXTS)
     return folder
 
 

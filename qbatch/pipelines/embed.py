@@ -39,14 +39,14 @@ from qbatch.pipelines.embed_estimate import Prices, estimate
 from qbatch.pipelines.embed_forward import EmbedActor
 from qbatch.pipelines.embed_known import VanishedFiles
 from qbatch.pipelines.embed_read import read_and_tokenize, read_carefully
-from qbatch.pipelines.embed_resume import Plan, write_units
+from qbatch.pipelines.embed_resume import Plan, draft_of_units
 from qbatch.pipelines.embed_reuse import Reuse, vanished_files
 from qbatch.pipelines.embed_task import EmbedTask
 from qbatch.pipelines.embed_write import write_unit
 from qbatch.pipelines.engine import EngineConfig
 from qbatch.pipelines.finished_units import finished_units
 from qbatch.pipelines.metrics import UnitMetrics
-from qbatch.pipelines.unit_files import OUTPUTS, listed_files, listed_rejects
+from qbatch.pipelines.unit_files import OUTPUTS
 from qbatch.pipelines.unit_stream import Stages, make_units
 from qbatch.report.embedding import vectors_details
 from qbatch.report.progress import EmbedProgress
@@ -249,14 +249,14 @@ class _Embedded:
         outputs = pa.concat_tables([self.done, pa.Table.from_pylist(self.made, schema=OUTPUTS)])
         counts = total_counts(outputs)
         check_bad_input(counts, self.config)
-        draft = Generation(
+        draft = draft_of_units(
+            self.storage,
+            self.plan,
+            outputs,
             kind="vectors",
             fingerprint=self.fingerprint,
             config=asdict(self.config),
             counts=counts,
-            files=listed_files(outputs),
-            rejects=listed_rejects(outputs),
-            plan=write_units(self.storage, self.plan, outputs),
         )
         published = publish_change(self.storage, draft, self.current)
         summary = {

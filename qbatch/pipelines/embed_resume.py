@@ -1,7 +1,7 @@
 """The plan of an embed or rerank job: its units, which are pending, and the record of all."""
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qbatch.errors import IntegrityError
-from qbatch.pipelines.unit_files import store_plan
+from qbatch.manifest import Generation
+from qbatch.pipelines.unit_files import listed_files, listed_rejects, store_plan
 from qbatch.schema import UNITS
 from qbatch.storage import Storage
 
@@ -79,7 +80,42 @@ def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def write_units(storage: Storage, plan: Plan, outputs: pa.Table) -> dict[str, Any]:
+def draft_of_units(
+    storage: Storage,
+    plan: Plan,
+    outputs: pa.Table,
+    *,
+    kind: str,
+    fingerprint: Mapping[str, Any],
+    config: Mapping[str, Any],
+    counts: Mapping[str, Any],
+) -> Generation:
+    """Write which units made which files; return the generation to publish.
+
+    Args:
+        storage: The table.
+        plan: Of all units.
+        outputs: OUTPUTS of all of them.
+        kind: See ``Generation``.
+        fingerprint: See ``Generation``.
+        config: See ``Generation``.
+        counts: See ``Generation``.
+
+    Raises:
+        IntegrityError: A planned unit has no output.
+    """
+    return Generation(
+        kind=kind,
+        fingerprint=fingerprint,
+        config=config,
+        counts=counts,
+        files=listed_files(outputs),
+        rejects=listed_rejects(outputs),
+        plan=_write_units(storage, plan, outputs),
+    )
+
+
+def _write_units(storage: Storage, plan: Plan, outputs: pa.Table) -> dict[str, Any]:
     """Write the schema.UNITS table of a generation; return its schema.FILES entry.
 
     Raises:

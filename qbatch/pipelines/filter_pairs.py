@@ -29,7 +29,7 @@ from qbatch.models.loading import ModelSpec, load_spec
 from qbatch.pipelines.cluster import MAX_RETRIES, plan_pool, ray_session
 from qbatch.pipelines.compute_dtype import compute_dtype
 from qbatch.pipelines.embed import EmbedCorpusConfig, embedding_fingerprint, make_task
-from qbatch.pipelines.embed_resume import Plan, write_units
+from qbatch.pipelines.embed_resume import Plan, draft_of_units
 from qbatch.pipelines.evaluation_queries import LeakCheck, read_evaluation_queries
 from qbatch.pipelines.finished_units import finished_units
 from qbatch.pipelines.pair_decisions import (
@@ -61,8 +61,6 @@ from qbatch.pipelines.tasks import results_as_completed
 from qbatch.pipelines.unit_files import (
     OUTPUTS,
     list_partials,
-    listed_files,
-    listed_rejects,
     read_partial,
     write_partial,
     write_rejects,
@@ -222,14 +220,14 @@ def filter_pairs(config: FilterPairsConfig) -> dict[str, Any]:
         outputs, plan = job.write(scored, codes, rules, current)
     counts = total_counts(outputs)
     config.limits().check(counts)
-    draft = Generation(
+    draft = draft_of_units(
+        storage,
+        plan,
+        outputs,
         kind="pairs",
         fingerprint={**job.settings, "threshold": rules.threshold},
         config=asdict(config),
         counts=counts,
-        files=listed_files(outputs),
-        rejects=listed_rejects(outputs),
-        plan=write_units(storage, plan, outputs),
     )
     published = publish_change(storage, draft, current)
     summary = {

@@ -35,7 +35,7 @@ from qbatch.manifest import (
 from qbatch.models.rerank_templates import ScorerName
 from qbatch.pipelines.cluster import MAX_RETRIES, PoolPlan, plan_pool, ray_session
 from qbatch.pipelines.compute_dtype import compute_dtype
-from qbatch.pipelines.embed_resume import Plan, write_units
+from qbatch.pipelines.embed_resume import Plan, draft_of_units
 from qbatch.pipelines.finished_units import finished_units
 from qbatch.pipelines.negative_search import (
     IndexModel,
@@ -59,7 +59,7 @@ from qbatch.pipelines.rerank_shuffle import Wanted, shuffle_documents
 from qbatch.pipelines.search_index import SearchIndexConfig, open_index_table, search_index
 from qbatch.pipelines.search_queries import QueryBlock
 from qbatch.pipelines.tasks import results_as_completed
-from qbatch.pipelines.unit_files import OUTPUTS, list_partials, listed_files, listed_rejects
+from qbatch.pipelines.unit_files import OUTPUTS, list_partials
 from qbatch.pipelines.unit_stream import Stages, run_stages
 from qbatch.report.writing import write_report
 from qbatch.schema import SCHEMA_VERSION, ComputeDtype
@@ -242,14 +242,14 @@ def mine_negatives(config: MineNegativesConfig) -> dict[str, Any]:
         outputs, plan, num_made, settings = job.mine(found, current)
     counts = total_counts(outputs)
     config.limits().check(counts)
-    draft = Generation(
+    draft = draft_of_units(
+        storage,
+        plan,
+        outputs,
         kind="pairs",
         fingerprint=settings,
         config=asdict(config),
         counts=counts,
-        files=listed_files(outputs),
-        rejects=listed_rejects(outputs),
-        plan=write_units(storage, plan, outputs),
     )
     published = publish_change(storage, draft, current)
     summary = {

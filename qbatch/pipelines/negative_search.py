@@ -17,12 +17,12 @@ import ray
 from qbatch.corpus.spans import Unit
 from qbatch.errors import IntegrityError
 from qbatch.index.columns import check_same_space, weights_of
-from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish_change
+from qbatch.manifest import fingerprint_id, latest_generation, publish_change
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import load_spec
 from qbatch.pipelines.cluster import MAX_RETRIES, PoolPlan
 from qbatch.pipelines.embed import EmbedCorpusConfig, embedding_fingerprint, make_task
-from qbatch.pipelines.embed_resume import Plan, write_units
+from qbatch.pipelines.embed_resume import Plan, draft_of_units
 from qbatch.pipelines.finished_units import finished_units
 from qbatch.pipelines.pair_scoring import (
     PairPrompts,
@@ -32,7 +32,7 @@ from qbatch.pipelines.pair_scoring import (
 )
 from qbatch.pipelines.pair_source import PairSource, read_pairs
 from qbatch.pipelines.rerank_shuffle import stable_hashes
-from qbatch.pipelines.unit_files import listed_files, listed_rejects, write_unit_file
+from qbatch.pipelines.unit_files import write_unit_file
 from qbatch.report.rerank_progress import RerankProgress
 from qbatch.schema import vector_array
 from qbatch.storage import Storage
@@ -106,14 +106,14 @@ def embed_queries(
     for stats, _ in score_units(pending, task, pool, partial(_write_queries, storage, task.source)):
         progress.add(stats, stats)
     outputs = finished_units(storage, plan.keys, current)
-    draft = Generation(
+    draft = draft_of_units(
+        storage,
+        plan,
+        outputs,
         kind="vectors",
         fingerprint=vectors,
         config={"model": task.embed.model, "revision": task.embed.revision},
         counts={"passages": sum(outputs["rows"].to_pylist())},
-        files=listed_files(outputs),
-        rejects=listed_rejects(outputs),
-        plan=write_units(storage, plan, outputs),
     )
     publish_change(storage, draft, current)
     return {row["path"]: by_key[row["unit_key"]] for row in outputs.to_pylist()}

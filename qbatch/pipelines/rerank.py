@@ -33,7 +33,7 @@ from qbatch.pipelines.cluster import (
 )
 from qbatch.pipelines.compute_dtype import compute_dtype
 from qbatch.pipelines.embed_estimate import Prices
-from qbatch.pipelines.embed_resume import Plan, write_units
+from qbatch.pipelines.embed_resume import Plan, draft_of_units
 from qbatch.pipelines.engine import EngineConfig
 from qbatch.pipelines.finished_units import finished_units
 from qbatch.pipelines.metrics import UnitMetrics
@@ -52,7 +52,7 @@ from qbatch.pipelines.rerank_samples import sample_queries
 from qbatch.pipelines.rerank_sources import candidate_source, run_source
 from qbatch.pipelines.rerank_task import Fusion, RerankTask
 from qbatch.pipelines.rerank_write import write_ranked
-from qbatch.pipelines.unit_files import OUTPUTS, listed_files, listed_rejects
+from qbatch.pipelines.unit_files import OUTPUTS
 from qbatch.pipelines.unit_stream import Stages, make_units
 from qbatch.report.ranking import reranked_details
 from qbatch.report.rerank_progress import RerankProgress
@@ -333,14 +333,14 @@ class _Reranked:
         outputs = pa.concat_tables([self.done, pa.Table.from_pylist(self.made, schema=OUTPUTS)])
         counts = total_counts(outputs)
         check_pairs(counts, self.config)
-        draft = Generation(
+        draft = draft_of_units(
+            self.storage,
+            self.plan,
+            outputs,
             kind="run",
             fingerprint={**self.settings, "input": self.joined.input_id},
             config=asdict(self.config),
             counts=counts,
-            files=listed_files(outputs),
-            rejects=listed_rejects(outputs),
-            plan=write_units(self.storage, self.plan, outputs),
         )
         published = publish_change(self.storage, draft, self.current)
         tokens = counts["tokens"]

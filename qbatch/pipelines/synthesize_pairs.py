@@ -24,7 +24,7 @@ from qbatch.corpus.listing import resolve_config
 from qbatch.corpus.reading import read_unit
 from qbatch.corpus.units import plan_units
 from qbatch.errors import BadInputError, ConfigError, NoInputError
-from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish_change
+from qbatch.manifest import fingerprint_id, latest_generation, publish_change
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import hash_tokenizer, load_spec, weights_sha256
 from qbatch.models.server import ServerConfig
@@ -35,7 +35,7 @@ from qbatch.pipelines.cluster import (
 )
 from qbatch.pipelines.compute_dtype import compute_dtype
 from qbatch.pipelines.embed import EmbedCorpusConfig, embedding_fingerprint, make_task
-from qbatch.pipelines.embed_resume import Plan, write_units
+from qbatch.pipelines.embed_resume import Plan, draft_of_units
 from qbatch.pipelines.embed_task import EmbedTask
 from qbatch.pipelines.finished_units import finished_units
 from qbatch.pipelines.metrics import UnitMetrics
@@ -54,7 +54,7 @@ from qbatch.pipelines.synthesis_units import (
     read_documents,
     write_pairs,
 )
-from qbatch.pipelines.unit_files import OUTPUTS, listed_files, listed_rejects
+from qbatch.pipelines.unit_files import OUTPUTS
 from qbatch.pipelines.unit_stream import Stages, make_units
 from qbatch.report.synthesis_progress import SynthesisProgress
 from qbatch.report.writing import write_report
@@ -304,14 +304,14 @@ def synthesize_pairs(config: SynthesizePairsConfig) -> dict[str, Any]:
     outputs = pa.concat_tables([done, pa.Table.from_pylist(made, schema=OUTPUTS)])
     counts = total_counts(outputs)
     config.limits().check(counts)
-    draft = Generation(
+    draft = draft_of_units(
+        storage,
+        plan,
+        outputs,
         kind="pairs",
         fingerprint=settings,
         config=asdict(config),
         counts=counts,
-        files=listed_files(outputs),
-        rejects=listed_rejects(outputs),
-        plan=write_units(storage, plan, outputs),
     )
     published = publish_change(storage, draft, current)
     summary = {

@@ -10,8 +10,6 @@ Memory is that of the driver, above what it had before the jobs.
 import argparse
 import json
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +21,7 @@ import ray
 
 from qbatch.pipelines.build_index import BuildIndexConfig, build_index
 from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus
-from tests.benchmarks.watching import peak_bytes
+from tests.benchmarks.watching import peak_bytes, told_by_process
 from tests.tiny_models import write_tiny_encoder
 
 _MODULE = "tests.benchmarks.scale_documents"
@@ -96,9 +94,7 @@ def main() -> None:
             folder = Path(name)
             write_tiny_encoder(folder / "model")
             write_corpus(folder / "corpus", num_documents)
-            command = [sys.executable, "-m", _MODULE, "--only-jobs", name]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = told_by_process(_MODULE, "--only-jobs", name)
         assert found["passages"] == found["indexed"] == num_documents, found
         print(
             f"| {num_documents:,} | {found['units']} | {found['embed_s']:.1f} s "

@@ -10,8 +10,6 @@ driver, which holds whatever grows with the number of units, above what it had b
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ import ray
 
 from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus
 from tests.benchmarks.scale_plan import UNIT_BYTES, write_files
-from tests.benchmarks.watching import peak_bytes
+from tests.benchmarks.watching import peak_bytes, told_by_process
 from tests.tiny_models import write_tiny_encoder
 
 _MODULE = "tests.benchmarks.scale_night"
@@ -59,14 +57,6 @@ def measure_job(folder: Path) -> dict[str, Any]:
     }
 
 
-def measured(folder: Path) -> dict[str, Any]:
-    """Return what ``measure_job`` found in a fresh process."""
-    command = [sys.executable, "-m", _MODULE, "--only-job", str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def table_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in (folder / "vectors").rglob("*") if file.is_file())
 
@@ -88,7 +78,7 @@ def main() -> None:
             folder = Path(name)
             write_tiny_encoder(folder / "model")
             write_files(folder, num_units)
-            first, again = measured(folder), measured(folder)
+            first, again = (told_by_process(_MODULE, "--only-job", name) for _ in range(2))
             size = table_bytes(folder)
         assert first["units_made"] == again["units_reused"] == num_units, (first, again)
         assert again["units_made"] == again["passages_embedded"] == 0, again

@@ -9,8 +9,6 @@ the plan; and the time to publish and to read back a generation of as many outpu
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +22,7 @@ from qbatch.manifest import Generation, latest_generation, publish
 from qbatch.pipelines.embed_resume import Plan
 from qbatch.schema import FILES
 from qbatch.storage import Storage
-from tests.benchmarks.watching import peak_bytes
+from tests.benchmarks.watching import peak_bytes, told_by_process
 
 _FILES_PER_FOLDER = 1000
 UNIT_BYTES = 16 * 2**10
@@ -94,9 +92,7 @@ def main() -> None:
     for num_files in options.files:
         with tempfile.TemporaryDirectory(prefix="qbatch-scale-") as name:
             write_files(Path(name), num_files)
-            command = [sys.executable, "-m", "tests.benchmarks.scale_plan", "--only-plan", name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            plan = json.loads(done.stdout.splitlines()[-1])
+            plan = told_by_process("tests.benchmarks.scale_plan", "--only-plan", name)
             assert plan["units"] == num_files, plan
             made = measure_publish(Path(name), num_files)
         print(

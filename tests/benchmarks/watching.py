@@ -1,11 +1,15 @@
 """What a process and everything it started take: processor seconds, and peak memory by title."""
 
+import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -61,6 +65,14 @@ class Watch:
             (process / "clear_refs").write_text("5")
             return
         self.peak_bytes[title] = max(self.peak_bytes[title], peak_bytes(process))
+
+
+def told_by_process(module: str, *arguments: str) -> dict[str, Any]:
+    """Run a module in a process of its own; return the JSON of its last line."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
 
 
 def peak_bytes(process: Path = Path("/proc/self")) -> int:
