@@ -191,12 +191,13 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
     storage = Storage(config.output, single_writer=config.single_writer)
     probe(storage)
     current = latest_generation(storage)
-    # Ray takes seconds to start and to stop: what can do without it is done beside.
+    # Ray takes seconds to start, and so does reading a model's description. Nothing may run beside
+    # its stop: freeing one of its objects then, in any thread, ends the process.
     with ThreadPoolExecutor(1) as beside:
         loading = beside.submit(load_spec, model)
         with ray_session(stall_timeout_s=config.stall_timeout_s):
-            pool = plan_embed_pool(config)
             spec = loading.result()
+            pool = plan_embed_pool(config)
             task, fingerprint = _resolve(config, spec, storage, pool)
             plan = Plan(plan_units(task.corpus), task.unit_fingerprint)
             done = finished_units(storage, plan.keys, current)
@@ -223,8 +224,7 @@ def embed_corpus(config: EmbedCorpusConfig) -> dict[str, Any]:
                 made=made,
                 progress=progress,
             )
-            publishing = beside.submit(embedded.publish, started)
-        return publishing.result()
+    return embedded.publish(started)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -236,7 +236,7 @@ def rerank_candidates(config: RerankCandidatesConfig) -> dict[str, Any]:
     storage = Storage(config.output, single_writer=config.single_writer)
     probe(storage)
     current = latest_generation(storage)
-    # Ray takes seconds to start and to stop: what can do without it is done beside.
+    # As in embed_corpus: beside the start of Ray, never beside its stop.
     with ThreadPoolExecutor(1) as beside:
         loading = beside.submit(_make_task, config)
         with ray_session(stall_timeout_s=config.stall_timeout_s):
@@ -266,8 +266,7 @@ def rerank_candidates(config: RerankCandidatesConfig) -> dict[str, Any]:
                 made=list(_make_units(plan, done, task, pool, progress)),
                 progress=progress,
             )
-            publishing = beside.submit(reranked.publish, started)
-        return publishing.result()
+    return reranked.publish(started)
 
 
 def _make_task(config: RerankCandidatesConfig) -> tuple[RerankTask, list[dict[str, Any]]]:
