@@ -1,6 +1,7 @@
 """Parquet: whole files, joined row groups, or a range of rows of a large row group."""
 
 from collections.abc import Iterator
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,8 @@ from qbatch.corpus.spans import Span
 
 _BATCH_BYTES = 32 * 2**20
 _MAX_BATCH_ROWS = 65536
+_BUFFER_BYTES = 4 * 2**20
+"""Read at once of a column of a large row group."""
 
 
 def read_parquet(source: Source, config: CorpusConfig) -> Iterator[RawRows]:
@@ -33,7 +36,7 @@ def read_parquet(source: Source, config: CorpusConfig) -> Iterator[RawRows]:
         return
     num_rows = 0
     try:
-        parquet = pq.ParquetFile(source.file, page_checksum_verification=True)
+        parquet = _open(source.file)
         unusable = check_text_column(parquet.schema_arrow, config)
         if unusable is not None:
             yield only_rejects(unusable)
@@ -44,6 +47,20 @@ def read_parquet(source: Source, config: CorpusConfig) -> Iterator[RawRows]:
     except DAMAGE_ERRORS as error:
         detail = f"{error} (after row {num_rows})"
         yield only_rejects(Reject(reason=reasons.CORRUPT_FILE, detail=detail))
+
+
+def _open(file: IO[bytes]) -> pq.ParquetFile:
+    """Open a file; its row groups are fetched whole, unless one is too large to be held so."""
+    metadata = pq.read_metadata(file)
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    is_large = any(group.total_byte_size > _BATCH_BYTES for group in groups)
+    return pq.ParquetFile(
+        file,
+        metadata=metadata,
+        page_checksum_verification=True,
+        pre_buffer=not is_large,
+        buffer_size=_BUFFER_BYTES if is_large else 0,
+    )
 
 
 def _iter_batches(
