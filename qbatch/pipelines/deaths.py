@@ -1,8 +1,9 @@
 """Work that kills its process is put off and tried apart, instead of for ever.
 
-A process that dies tells nobody why. So a record outside of it holds what each unit is at. A unit
-that was begun and never ended killed its process, or was in it by bad luck. It is put off, so that
-the rest of its Ray block goes on, and made at the end, alone and with care (see trial).
+A process that dies tells nobody why. So a record outside of it holds what each process is at. A
+unit that is begun again, and whose process has not begun another since, killed that process, or was
+in it by bad luck. It is put off, so that the rest of its Ray block goes on, and made at the end,
+alone and with care (see trial).
 """
 
 import faulthandler
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pyarrow as pa
@@ -31,31 +32,35 @@ _STDERR, _DEVICE_ERROR_EXIT = 2, 70
 
 
 class DeathRecord:
-    """What every unit is at, and over which parts processes died."""
+    """What every process is at, and over which parts of units processes died."""
 
     def __init__(self) -> None:
         self._open: dict[str, str] = {}
+        """By unit that a process is at: the part of it."""
+        self._last: dict[str, str] = {}
+        """By process: the unit that it began last."""
         self._deaths: dict[str, Counter[str]] = {}
         self._put_off: set[str] = set()
 
-    def begin(self, unit: str) -> dict[str, int]:
-        """Note that a unit is begun; return how many processes died over each part of it."""
+    def begin(self, process: str, unit: str) -> dict[str, int]:
+        """Note that a unit is begun; return how many processes died over each part of it.
+
+        The process lives, so it was no death that ended its unit before.
+        """
+        self._open.pop(self._last.get(process, ""), None)
         if unit in self._open:
             self._deaths.setdefault(unit, Counter())[self._open[unit]] += 1
         self._open[unit] = ""
+        self._last[process] = unit
         return dict(self._deaths.get(unit, {}))
 
     def enter(self, unit: str, part: str) -> None:
         """Note that a part of a begun unit is computed now, and alone."""
         self._open[unit] = part
 
-    def end(self, unit: str) -> None:
-        """Note that a unit was left alive."""
-        self._open.pop(unit, None)
-
     def put_off(self, unit: str, unit_key: str) -> None:
         """Note that a unit was left out for now."""
-        self.end(unit)
+        self._open.pop(unit, None)
         self._put_off.add(unit_key)
 
     def all_put_off(self) -> list[str]:
@@ -97,7 +102,7 @@ class Guard:
             return batch
         unit_key = batch["unit_key"][0].as_py()
         unit = f"{self.stage} {unit_key}"
-        begun: Any = self.record.begin.remote(unit)
+        begun: Any = self.record.begin.remote(_own_process(), unit)
         deaths: dict[str, int] = ray.get(begun)
         if deaths and not self.is_last_try:
             log.warning("a process died over unit %s (%s); it is put off", unit_key, self.stage)
@@ -111,11 +116,8 @@ class Guard:
             )
         with self._watched():
             if deaths and careful is not None:
-                made = careful(batch, Trial(deaths, partial(self._enter, unit)))
-            else:
-                made = plain(batch)
-        self.record.end.remote(unit)
-        return made
+                return careful(batch, Trial(deaths, partial(self._enter, unit)))
+            return plain(batch)
 
     def _enter(self, unit: str, part: str) -> None:
         ray.get(self.record.enter.remote(unit, part))
@@ -141,3 +143,8 @@ class Guard:
             raise
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+@cache
+def _own_process() -> str:
+    return str(ray.get_runtime_context().get_worker_id())

@@ -7,6 +7,7 @@ import pytest
 
 from qbatch.errors import QbatchError
 from qbatch.pipelines.cluster import PoolPlan, ray_session
+from qbatch.pipelines.deaths import DeathRecord
 from qbatch.pipelines.embed import EmbedCorpusConfig, embed_corpus
 from qbatch.pipelines.rerank import RerankCandidatesConfig, rerank_candidates
 from qbatch.pipelines.unit_stream import Stages, run_stages
@@ -125,3 +126,14 @@ def test_the_rerank_job_publishes_all_but_the_deadly_pairs(tmp_path, tiny_rerank
     assert {(row["query_id"], row["doc_id"]) for row in ranked} == {
         (query, document) for query, document, _, _ in made.rows if document != deadly_document
     }
+
+
+def test_a_process_that_goes_on_did_not_die_over_what_it_was_at():
+    record = DeathRecord()
+    assert record.begin("first process", "a") == {}
+    assert record.begin("first process", "b") == {}
+    assert record.begin("second process", "a") == {}
+    record.enter("b", "3 rows from 0")
+    assert record.begin("third process", "b") == {"3 rows from 0": 1}
+    assert record.begin("third process", "b") == {"3 rows from 0": 1}
+    assert record.begin("fourth process", "b") == {"3 rows from 0": 1, "": 1}
