@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,14 @@ _MIN_CHARACTERS = 100
 
 _CUT_CHARACTERS = 400
 """Longer descriptions end there, for all models."""
+
+_READ_CHARACTERS = 800
+"""Of a description, where sentences are drawn from."""
+
+_MIN_SENTENCE = 30
+"""Shorter ones are headings and marks of lists."""
+
+_SENTENCE_END = re.compile(r"(?<=[.!?:;])\s+|\n\n")
 
 _LANGUAGES = {"de": 20_000, "fr": 8000, "it": 8000, "es": 8000, "ja": 4000, "ru": 4000}
 """Most translated descriptions of each language."""
@@ -104,6 +113,27 @@ def description_pairs(descriptions: Descriptions) -> Iterator[Pair]:
     """Yield English synopses with their descriptions."""
     for md5, row in descriptions.english.items():
         yield Pair(row["synopsis"], row["body"][:_CUT_CHARACTERS], md5, "description")
+
+
+def passage_pairs(descriptions: Descriptions, rng: random.Random) -> Iterator[Pair]:
+    """Yield a sentence of a description with what stands around it (Lee et al., arXiv 1906.00300).
+
+    Descriptions of one sentence yield nothing.
+    """
+    for md5, row in descriptions.english.items():
+        sentences = _SENTENCE_END.split(row["body"][:_READ_CHARACTERS])
+        chosen = rng.randrange(len(sentences))
+        rest = " ".join(sentences[:chosen] + sentences[chosen + 1 :])
+        if min(len(sentences[chosen]), len(rest)) >= _MIN_SENTENCE:
+            yield Pair(sentences[chosen], rest[:_CUT_CHARACTERS], md5, "passage")
+
+
+def body_translation_pairs(descriptions: Descriptions, rng: random.Random) -> Iterator[Pair]:
+    """Yield beginnings of descriptions in other languages with the English description."""
+    for lang, row, original in _translations(descriptions, rng):
+        beginning = row["body"][: _READ_CHARACTERS // 4]
+        if len(beginning) >= _MIN_SENTENCE:
+            yield Pair(beginning, original["body"][:_CUT_CHARACTERS], _md5(row), f"{lang}-body")
 
 
 def translation_pairs(descriptions: Descriptions, rng: random.Random) -> Iterator[Pair]:
@@ -210,6 +240,8 @@ def write_all(output: Path, *, seed: int = 0) -> dict[str, int]:
     tables = {
         "retrieval/descriptions": list(description_pairs(trained)),
         "retrieval/translations": list(translation_pairs(trained, rng)),
+        "retrieval/passages": list(passage_pairs(trained, rng)),
+        "retrieval/bodies": list(body_translation_pairs(trained, rng)),
         "words/synopses": list(synopsis_pairs(trained, rng)),
         "words/wordnet": list(
             wordnet_pairs(rng.sample(meanings, _NUM_MEANINGS), bundled_definitions(), rng)

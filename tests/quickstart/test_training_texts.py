@@ -2,14 +2,17 @@
 
 import json
 import random
+import re
 
 from qbatch.models.rerank_prompts import JUDGE_END, NO, YES
 from qbatch.models.rerank_templates import pair_template
 from qbatch.models.tokenization import QWEN3_END
 from qbatch.quickstart.starting_point import VOCABULARY, make_tokenizer
 from qbatch.quickstart.training_texts import (
+    body_translation_pairs,
     description_pairs,
     is_held_out,
+    passage_pairs,
     split_descriptions,
     synopsis_pairs,
     translation_pairs,
@@ -22,6 +25,11 @@ from qbatch.training.pairs import PairTable
 NAMES = [f"package{i}" for i in range(400)]
 HELD_OUT = next(name for name in NAMES if is_held_out(name))
 TRAINED = next(name for name in NAMES if not is_held_out(name))
+SENTENCES = (
+    "A server that answers requests for pages. "
+    "It reads its settings from one file at start. "
+    "Modules add what it cannot do by itself."
+)
 BODY = "A tool that does one thing and does it well, as its authors say in many words. " * 2
 
 
@@ -67,6 +75,24 @@ def test_pairs_name_their_document_and_their_task():
     assert (translated.query, translated.document) == ("a tool package1 de", BODY)
     assert (short.document, short.task) == ("a tool package1 en", "de-synopsis")
     assert {pair.doc_id, translated.doc_id, short.doc_id} == {"package1"}
+
+
+def test_a_sentence_is_asked_for_what_stands_around_it():
+    trained, _ = split_descriptions([description("package1") | {"body": SENTENCES}])
+    pairs = [pair for seed in range(20) for pair in passage_pairs(trained, random.Random(seed))]
+    assert {pair.query for pair in pairs} == set(re.split(r"(?<=\.) ", SENTENCES))
+    for pair in pairs:
+        assert pair.query not in pair.document
+        assert set(f"{pair.query} {pair.document}".split()) == set(SENTENCES.split())
+
+
+def test_a_translated_description_is_asked_for_the_english_one():
+    rows = [description("package1"), description("package1", lang="de") | {"body": BODY * 9}]
+    trained, _ = split_descriptions(rows)
+    (pair,) = body_translation_pairs(trained, random.Random(0))
+    assert (BODY * 9).startswith(pair.query)
+    assert len(pair.query) < len(BODY * 9)
+    assert (pair.document, pair.doc_id, pair.task) == (BODY, "package1", "de-body")
 
 
 def test_meanings_of_the_bundled_corpus_are_left_out():
