@@ -18,6 +18,7 @@ from tests.benchmarks import (
     bench_embed_job,
     bench_embed_peers,
     bench_index,
+    bench_int8_weights,
     bench_rerank,
     bench_vectors_read,
 )
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "long": lambda: bench_embed_engine.main(
         ["--models", "qwen3", "--kind", "long documents", "--num-texts", "8", "--dtypes", *DTYPES]
     ),
+    "int8": lambda: bench_int8_weights.main(["--num-texts", "80", "--pairs", "3"]),
     "rerank": lambda: bench_rerank.main(
         ["--num-queries", "1", "--num-short", "200", "--dtypes", *DTYPES]
     ),

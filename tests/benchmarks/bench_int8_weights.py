@@ -10,7 +10,6 @@ in its pack. What a set of questions loses, ``jobs/evaluate.py --weights int8`` 
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -27,13 +26,14 @@ from tests.benchmarks.bench_embed_engine import (
     require,
     seconds,
 )
+from tests.benchmarks.table import Row
 
 MAX_TOKENS = 512
 TEXTS_ALONE = 20
 
 
-def main() -> None:
-    """Print a line for each model."""
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Print a line for each model, and return its row."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--num-texts", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=5)
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds, not the clock")
     parser.add_argument("--models", nargs="+", default=["qwen3", "minilm"])
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     texts = read_texts(None, options.num_texts)
     clock = "CPU time" if options.cpu_time else "wall time"
@@ -49,31 +49,42 @@ def main() -> None:
     print(
         f"{'':10}{'tokens':>8}{'float32':>9}{'int8':>9}{'ratio':>7}{'cosine mean, min':>18}  pack"
     )
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models:
             path = require(name) if name != "qwen3" else Path(folder)
             if name == "qwen3":
                 make_qwen3(path, options.layers)
-            print(f"{name:10}{compare(path, texts, options)}", flush=True)
+            rows.append(compare(name, path, texts, options))
+    return rows
 
 
-def compare(path: Path, texts: list[str], options: argparse.Namespace) -> str:
-    """Return the figures of one model as a line."""
+def compare(name: str, path: Path, texts: list[str], options: argparse.Namespace) -> Row:
+    """Print the figures of one model as a line, and return its row."""
     exact = EmbedderConfig(model_path=path, dtype="float32").build()
     rounded = EmbedderConfig(model_path=path, weights="int8").build()
     batch = TextTokenizer.load(path, min(MAX_TOKENS, exact.spec.max_tokens)).encode(texts)
     cosines = (embed(exact, batch) * embed(rounded, batch)).sum(axis=1)
     clock = time.process_time if options.cpu_time else time.perf_counter
-    turns = np.array(
-        [[seconds(lambda e=e: embed(e, batch), clock) for e in (exact, rounded)]
-         for _ in range(options.pairs)]
-    )  # fmt: skip
-    speeds = [batch.lengths.sum() / statistics.median(column) for column in turns.T.tolist()]
-    ratio = statistics.median((turns[:, 0] / turns[:, 1]).tolist())
-    return (
-        f"{batch.lengths.sum():8d}{speeds[0]:9.0f}{speeds[1]:9.0f}{ratio:7.2f}"
-        f"{cosines.mean():10.5f}{cosines.min():8.5f}  {owed_to_neighbours(rounded, batch):.1e}"
+    turns = [
+        (seconds(lambda: embed(rounded, batch), clock), seconds(lambda: embed(exact, batch), clock))
+        for _ in range(options.pairs)
+    ]
+    num_tokens = int(batch.lengths.sum())
+    row = Row.of_turns(
+        turns,
+        num_tokens,
+        case=f"documents, {name}, int8 weights",
+        against="the same in float32",
+        unit="tokens/s",
+        goal=1.0,
     )
+    print(
+        f"{name:10}{num_tokens:8d}{row.theirs:9.0f}{row.ours:9.0f}{row.ratio:7.2f}"
+        f"{cosines.mean():10.5f}{cosines.min():8.5f}  {owed_to_neighbours(rounded, batch):.1e}",
+        flush=True,
+    )
+    return row
 
 
 def embed(embedder: Embedder, batch: TokenBatch) -> np.ndarray:
