@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,9 +19,8 @@ import pyarrow as pa
 from qbatch.cli import IntList, StrList
 from qbatch.corpus.config import CorpusConfig, Format
 from qbatch.corpus.listing import resolve_config
-from qbatch.corpus.reasons import DROPPED_REASONS, num_row_rejects
 from qbatch.corpus.units import plan_units
-from qbatch.errors import BadInputError, ConfigError, IntegrityError
+from qbatch.errors import ConfigError
 from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish_change
 from qbatch.models.devices import check_quantizable, resolve_device, resolve_dtype
 from qbatch.models.hub import resolve_model
@@ -30,7 +29,6 @@ from qbatch.models.prompts import document_prompt, query_prompt
 from qbatch.models.roofline import flops_per_token
 from qbatch.pipelines.cluster import (
     PoolPlan,
-    plan_pool,
     ray_session,
 )
 from qbatch.pipelines.compute_dtype import compute_dtype
@@ -103,41 +101,22 @@ class EmbedCorpusConfig(EngineConfig):
     """Widths to write (Matryoshka), the first as "vector"; empty is the model's own width."""
     vector_dtype: VectorDtype = "float32"
     """Stored dtype; int8 is calibrated once on a sample."""
-    min_actors: int | None = None
-    """Smallest pool; None is 1."""
-    max_actors: int | None = None
-    """Largest pool; None is what the cluster has GPUs or processors for."""
-    gpus_per_actor: float | None = None
-    """None is 1 on a cluster with GPUs, else 0."""
     on_bad_row: Literal["quarantine", "fail", "skip"] = "quarantine"
     """Write bad rows to the rejects table, stop at the first, or only count them."""
-    max_bad_fraction: float = 0.001
-    """Share of bad rows above which nothing is published."""
-    max_bad_files: int = 0
-    """Number of unreadable objects above which nothing is published."""
     reuse: Reuse = "by-hash"
     """Where a changed object's known documents get their vectors from: by-hash from any changed or
     deleted object of the last generation, by-object from the same one, off embeds them again."""
     unit_bytes: int = 16 * 2**20
     """Aimed size of a unit of work in bytes of input."""
-    stall_timeout_s: float = 1800.0
-    """Seconds without any progress after which the job ends with code 6."""
     gpu_hourly_price: float | None = None
     """Price of one GPU, or of one CPU machine without GPUs, for an hour."""
     tokens_per_s: float | None = None
     """Speed of one actor for --dry-run; None measures it on this machine."""
-    single_writer: bool = False
-    """I am the only writer here: allow a store without conditional PUT."""
     dry_run: bool = False
     """Print plan, token histogram, time and cost; start nothing."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(f"max_bad_fraction is {self.max_bad_fraction}; give 0 to 1")
-        if self.max_bad_files < 0:
-            raise ConfigError(f"max_bad_files is {self.max_bad_files}; give 0 or more")
-        if self.stall_timeout_s <= 0:
-            raise ConfigError(f"stall_timeout_s is {self.stall_timeout_s}; give seconds above 0")
+        EngineConfig.__post_init__(self)
         if any(dim < 1 for dim in self.dims) or len(set(self.dims)) < len(self.dims):
             raise ConfigError(f"dims are {self.dims}; give different positive widths")
         self.corpus()
@@ -248,7 +227,7 @@ class _Embedded:
         """Check that all rows are there, list the files, write the report; return the summary."""
         outputs = pa.concat_tables([self.done, pa.Table.from_pylist(self.made, schema=OUTPUTS)])
         counts = total_counts(outputs)
-        check_bad_input(counts, self.config)
+        self.config.check_counts(counts, "rows", rows_in="rows_in", rows_out="rows_embedded")
         draft = draft_of_units(
             self.storage,
             self.plan,
@@ -284,9 +263,7 @@ class _Embedded:
 
 def plan_embed_pool(config: EmbedCorpusConfig) -> PoolPlan:
     """Return the pool that embeds; a server, and int8 weights, need no GPUs."""
-    no_gpus = config.engine == "http" or config.weights == "int8"
-    gpus = 0.0 if no_gpus else config.gpus_per_actor
-    return plan_pool(config.min_actors, config.max_actors, gpus)
+    return config.pool(needs_gpus=config.engine == "local" and config.weights == "float")
 
 
 def _resolve(
@@ -431,33 +408,3 @@ def total_counts(outputs: pa.Table) -> dict[str, Any]:
         "rejected": dict(sorted(rejected.items())),
         "notes": dict(sorted(notes.items())),
     }
-
-
-def check_bad_input(counts: Mapping[str, Any], config: EmbedCorpusConfig) -> None:
-    """Refuse to publish more bad input than the operator allows, and anything that does not add up.
-
-    Raises:
-        BadInputError: Too many bad rows or objects; finished units are kept for the next run.
-        IntegrityError: Rows are missing.
-    """
-    rejected = counts["rejected"]
-    num_rejected = num_row_rejects(rejected)
-    if counts["rows_in"] != counts["rows_embedded"] + num_rejected:
-        raise IntegrityError(
-            f"{counts['rows_in']} rows in, but {counts['rows_embedded']} embedded and "
-            f"{num_rejected} rejected; nothing was published. This is a bug: report it"
-        )
-    bad_files = sum(rejected.values()) - num_rejected
-    bad_rows = num_rejected - sum(rejected.get(reason, 0) for reason in DROPPED_REASONS)
-    kept = "nothing was published, finished units are kept, and the rejects files say which"
-    if bad_files > config.max_bad_files:
-        raise BadInputError(
-            f"{bad_files} unreadable objects ({rejected}), --max-bad-files={config.max_bad_files} "
-            f"are allowed; {kept}. Mend them or allow more, and run again"
-        )
-    if bad_rows > config.max_bad_fraction * counts["rows_in"]:
-        raise BadInputError(
-            f"{bad_rows} bad rows among {counts['rows_in']} ({rejected}), a share of "
-            f"--max-bad-fraction={config.max_bad_fraction:g} is allowed; {kept}. Mend them or "
-            "allow more, and run again"
-        )

@@ -5,10 +5,11 @@ from typing import Literal
 
 from qbatch.errors import ConfigError
 from qbatch.models.server import ServerConfig
+from qbatch.pipelines.unit_job import UnitJobConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
+class EngineConfig(UnitJobConfig):
     """The flags that say so."""
 
     engine: Literal["local", "http"] = "local"

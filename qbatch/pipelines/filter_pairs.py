@@ -26,7 +26,7 @@ from qbatch.errors import ConfigError
 from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish_change
 from qbatch.models.hub import resolve_model
 from qbatch.models.loading import ModelSpec, load_spec
-from qbatch.pipelines.cluster import MAX_RETRIES, plan_pool, ray_session
+from qbatch.pipelines.cluster import MAX_RETRIES, ray_session
 from qbatch.pipelines.compute_dtype import compute_dtype
 from qbatch.pipelines.embed import EmbedCorpusConfig, embedding_fingerprint, make_task
 from qbatch.pipelines.embed_resume import Plan, draft_of_units
@@ -51,7 +51,6 @@ from qbatch.pipelines.pair_scoring import (
 )
 from qbatch.pipelines.pair_source import (
     PAIRS_IDENTITY,
-    BadInputLimits,
     pair_source,
     read_pairs,
     reject_pairs,
@@ -66,6 +65,7 @@ from qbatch.pipelines.unit_files import (
     write_rejects,
     write_unit_file,
 )
+from qbatch.pipelines.unit_job import UnitJobConfig
 from qbatch.report.rerank_progress import RerankProgress
 from qbatch.report.writing import write_report
 from qbatch.schema import SCHEMA_VERSION, TRAINING_PAIRS, ComputeDtype
@@ -82,7 +82,7 @@ _BIN = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FilterPairsConfig:
+class FilterPairsConfig(UnitJobConfig):
     """Keep the training pairs whose query and document belong together, each once."""
 
     pairs: str
@@ -118,39 +118,17 @@ class FilterPairsConfig:
     """Compute dtype; auto is bfloat16 where the processor has it, else float32."""
     token_budget: int | None = None
     """Tokens in one forward pass; None suits the device."""
-    min_actors: int | None = None
-    """Smallest pool; None is 1."""
-    max_actors: int | None = None
-    """Largest pool; None is what the cluster has GPUs or processors for."""
-    gpus_per_actor: float | None = None
-    """None is 1 on a cluster with GPUs, else 0."""
-    max_bad_fraction: float = 0.001
-    """Share of bad rows above which nothing is published; what falls to a rule is not bad."""
-    max_bad_files: int = 0
-    """Number of unreadable objects above which nothing is published."""
     unit_bytes: int = 16 * 2**20
     """Aimed size of a unit of work in bytes of input."""
-    stall_timeout_s: float = 1800.0
-    """Seconds without any progress after which the job ends with code 6."""
-    single_writer: bool = False
-    """I am the only writer here: allow a store without conditional PUT."""
     dry_run: bool = False
     """Print the plan; start nothing."""
 
     def __post_init__(self) -> None:
+        UnitJobConfig.__post_init__(self)
         if not -1 <= self.min_cosine <= 1:
             raise ConfigError(f"min_cosine is {self.min_cosine}; give -1 to 1")
         if self.quantile is not None and not 0 <= self.quantile < 1:
             raise ConfigError(f"quantile is {self.quantile}; give 0 to below 1")
-        if self.stall_timeout_s <= 0:
-            raise ConfigError(f"stall_timeout_s is {self.stall_timeout_s}; give seconds above 0")
-        self.limits()
-
-    def limits(self) -> BadInputLimits:
-        """Return how much bad input is allowed."""
-        return BadInputLimits(
-            max_bad_fraction=self.max_bad_fraction, max_bad_files=self.max_bad_files
-        )
 
     def scoring(self, spec: ModelSpec, dtype: ComputeDtype) -> tuple[ScoringTask, dict[str, Any]]:
         """Return what scoring processes need, and the fingerprint of the cosines."""
@@ -219,7 +197,7 @@ def filter_pairs(config: FilterPairsConfig) -> dict[str, Any]:
         codes = job.decide(scored, rules)
         outputs, plan = job.write(scored, codes, rules, current)
     counts = total_counts(outputs)
-    config.limits().check(counts)
+    config.check_counts(counts, "pairs", rows_in="rows_in", rows_out="rows_out")
     draft = draft_of_units(
         storage,
         plan,
@@ -285,7 +263,7 @@ class _Filter:
     def start(
         cls, config: FilterPairsConfig, spec: ModelSpec, storage: Storage, leaks: LeakCheck
     ) -> "_Filter":
-        pool = plan_pool(config.min_actors, config.max_actors, config.gpus_per_actor)
+        pool = config.pool()
         task, scoring = config.scoring(spec, compute_dtype(config.dtype, pool.gpus_per_actor))
         settings = {
             "schema_version": SCHEMA_VERSION,

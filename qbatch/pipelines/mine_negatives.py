@@ -33,7 +33,7 @@ from qbatch.manifest import (
     read_verified,
 )
 from qbatch.models.rerank_templates import ScorerName
-from qbatch.pipelines.cluster import MAX_RETRIES, PoolPlan, plan_pool, ray_session
+from qbatch.pipelines.cluster import MAX_RETRIES, PoolPlan, ray_session
 from qbatch.pipelines.compute_dtype import compute_dtype
 from qbatch.pipelines.embed_resume import Plan, draft_of_units
 from qbatch.pipelines.finished_units import finished_units
@@ -53,13 +53,14 @@ from qbatch.pipelines.negative_units import (
     wanted_documents,
     write_mined,
 )
-from qbatch.pipelines.pair_source import BadInputLimits, PairSource, pair_source
+from qbatch.pipelines.pair_source import PairSource, pair_source
 from qbatch.pipelines.rerank_cascade import LastModel, make_stages, parse_cascade, stage_fingerprint
 from qbatch.pipelines.rerank_shuffle import Wanted, shuffle_documents
 from qbatch.pipelines.search_index import SearchIndexConfig, open_index_table, search_index
 from qbatch.pipelines.search_queries import QueryBlock
 from qbatch.pipelines.tasks import results_as_completed
 from qbatch.pipelines.unit_files import OUTPUTS, list_partials
+from qbatch.pipelines.unit_job import UnitJobConfig
 from qbatch.pipelines.unit_stream import Stages, run_stages
 from qbatch.report.writing import write_report
 from qbatch.schema import SCHEMA_VERSION, ComputeDtype
@@ -76,7 +77,7 @@ _BLOCK_UNITS = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MineNegativesConfig:
+class MineNegativesConfig(UnitJobConfig):
     """Give training pairs hard negatives: documents found for the query that do not answer it."""
 
     pairs: str
@@ -139,32 +140,16 @@ class MineNegativesConfig:
     """Compute dtype of the judge; the embedder's is that of the index."""
     token_budget: int | None = None
     """Tokens in one forward pass of the judge; None suits the device."""
-    min_actors: int | None = None
-    """Smallest pool; None is 1."""
-    max_actors: int | None = None
-    """Largest pool; None is what the cluster has GPUs or processors for."""
-    gpus_per_actor: float | None = None
-    """None is 1 on a cluster with GPUs, else 0."""
-    max_bad_fraction: float = 0.001
-    """Share of bad pairs above which nothing is published."""
-    max_bad_files: int = 0
-    """Number of unreadable objects above which nothing is published."""
     unit_bytes: int = 16 * 2**20
     """Aimed size of a unit of work in bytes of input."""
-    stall_timeout_s: float = 1800.0
-    """Seconds without any progress after which the job ends with code 6."""
-    single_writer: bool = False
-    """I am the only writer here: allow a store without conditional PUT."""
     dry_run: bool = False
     """Print the plan; start nothing."""
 
     def __post_init__(self) -> None:
+        UnitJobConfig.__post_init__(self)
         if not 0 <= self.max_judge_score <= 1:
             raise ConfigError(f"max_judge_score is {self.max_judge_score}; give 0 to 1")
-        if self.stall_timeout_s <= 0:
-            raise ConfigError(f"stall_timeout_s is {self.stall_timeout_s}; give seconds above 0")
         self.rules()
-        self.limits()
 
     def rules(self) -> NegativeRules:
         """Return the rules of mining."""
@@ -176,12 +161,6 @@ class MineNegativesConfig:
             num_negatives=self.num_negatives,
             sampling=self.sampling,
             seed=self.seed,
-        )
-
-    def limits(self) -> BadInputLimits:
-        """Return how much bad input is allowed."""
-        return BadInputLimits(
-            max_bad_fraction=self.max_bad_fraction, max_bad_files=self.max_bad_files
         )
 
     def source(self) -> PairSource:
@@ -241,7 +220,7 @@ def mine_negatives(config: MineNegativesConfig) -> dict[str, Any]:
         searched_at = time.perf_counter()
         outputs, plan, num_made, settings = job.mine(found, current)
     counts = total_counts(outputs)
-    config.limits().check(counts)
+    config.check_counts(counts, "pairs", rows_in="rows_in", rows_out="rows_out")
     draft = draft_of_units(
         storage,
         plan,
@@ -311,7 +290,7 @@ class _Mining:
         index: PublishedTable,
         storage: Storage,
     ) -> "_Mining":
-        pool = plan_pool(config.min_actors, config.max_actors, config.gpus_per_actor)
+        pool = config.pool()
         kept = index.generation.details["embedding"]
         fingerprint = index.generation.fingerprint
         model = IndexModel(

@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 from qbatch.corpus.config import CorpusConfig, Format
 from qbatch.corpus.listing import resolve_config
 from qbatch.corpus.reading import read_unit
-from qbatch.corpus.reasons import DROPPED_REASONS, MISSING_QUERY, num_row_rejects
+from qbatch.corpus.reasons import MISSING_QUERY
 from qbatch.corpus.spans import Span, Unit
 from qbatch.corpus.units import plan_units
-from qbatch.errors import BadInputError, ConfigError, IntegrityError
+from qbatch.errors import BadInputError, ConfigError
 from qbatch.manifest import latest_generation
+from qbatch.pipelines.conservation import check_balance
 from qbatch.schema import REJECTS, TRAINING_PAIRS
 from qbatch.storage import Storage
 
@@ -188,57 +189,5 @@ def unit_counts(
         "rejected": dict(sorted(rejected.items())),
         **({} if dropped is None else {"dropped": dict(sorted(dropped.items()))}),
     }
-    _check_balance(counts, what)
+    check_balance(counts, what, rows_in="rows_in", rows_out="rows_out")
     return counts
-
-
-def _check_balance(counts: Mapping[str, Any], what: str) -> None:
-    num_rejected = num_row_rejects(counts["rejected"])
-    num_dropped = sum(counts.get("dropped", {}).values())
-    if counts["rows_in"] != counts["rows_out"] + num_rejected + num_dropped:
-        raise IntegrityError(
-            f"{counts['rows_in']} {what} in, but {counts['rows_out']} out, {num_rejected} rejected "
-            f"and {num_dropped} dropped; nothing was published. This is a bug: report it with the "
-            "input"
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BadInputLimits:
-    """How much bad input the operator allows."""
-
-    max_bad_fraction: float
-    max_bad_files: int
-    what: str = "pairs"
-    """What a row is."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(f"max_bad_fraction is {self.max_bad_fraction}; give 0 to 1")
-        if self.max_bad_files < 0:
-            raise ConfigError(f"max_bad_files is {self.max_bad_files}; give 0 or more")
-
-    def check(self, counts: Mapping[str, Any]) -> None:
-        """Refuse to publish more bad input than that, and anything that does not add up.
-
-        Raises:
-            BadInputError: Too many bad rows or objects; finished units are kept for the next run.
-            IntegrityError: Rows are missing.
-        """
-        _check_balance(counts, self.what)
-        rejected = counts["rejected"]
-        num_rejected = num_row_rejects(rejected)
-        bad_files = sum(rejected.values()) - num_rejected
-        bad_rows = num_rejected - sum(rejected.get(reason, 0) for reason in DROPPED_REASONS)
-        kept = "nothing was published, finished units are kept, and the rejects files say which"
-        if bad_files > self.max_bad_files:
-            raise BadInputError(
-                f"{bad_files} unreadable objects ({rejected}), --max-bad-files="
-                f"{self.max_bad_files} are allowed; {kept}. Mend them or allow more, and run again"
-            )
-        if bad_rows > self.max_bad_fraction * counts["rows_in"]:
-            raise BadInputError(
-                f"{bad_rows} bad {self.what} among {counts['rows_in']} ({rejected}), a share of "
-                f"--max-bad-fraction={self.max_bad_fraction:g} is allowed; {kept}. Mend them or "
-                "allow more, and run again"
-            )

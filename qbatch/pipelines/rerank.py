@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,15 +20,13 @@ import pyarrow as pa
 from qbatch.cli import StrList
 from qbatch.corpus.config import CorpusConfig, Format
 from qbatch.corpus.listing import resolve_config
-from qbatch.corpus.reasons import DROPPED_REASONS, num_row_rejects
-from qbatch.errors import BadInputError, ConfigError, IntegrityError
+from qbatch.errors import ConfigError
 from qbatch.manifest import Generation, fingerprint_id, latest_generation, publish_change
 from qbatch.models.devices import resolve_device, resolve_dtype
 from qbatch.models.rerank_prompts import TEMPLATE_VERSION
 from qbatch.models.rerank_templates import ScorerName
 from qbatch.pipelines.cluster import (
     PoolPlan,
-    plan_pool,
     ray_session,
 )
 from qbatch.pipelines.compute_dtype import compute_dtype
@@ -132,41 +130,25 @@ class RerankCandidatesConfig(EngineConfig):
     """How to read --candidates or --corpus; auto goes by names."""
     queries_format: Format = "auto"
     """How to read --queries."""
-    min_actors: int | None = None
-    """Smallest pool; None is 1."""
-    max_actors: int | None = None
-    """Largest pool; None is what the cluster has GPUs or processors for."""
-    gpus_per_actor: float | None = None
-    """None is 1 on a cluster with GPUs, else 0."""
-    max_bad_fraction: float = 0.001
-    """Share of rejected pairs above which nothing is published."""
-    max_bad_files: int = 0
-    """Number of unreadable objects of candidates above which nothing is published."""
     unit_pairs: int = 1024
     """Most pairs of a unit of work; a query with more is a unit of its own."""
     num_partitions: int | None = None
     """Parts of the join of candidates and texts; None suits the size of the candidates."""
-    stall_timeout_s: float = 1800.0
-    """Seconds without any progress after which the job ends with code 6."""
     gpu_hourly_price: float | None = None
     """Price of one GPU, or of one CPU machine without GPUs, for an hour; for --dry-run."""
     tokens_per_s: float | None = None
     """Speed of one actor for --dry-run; None measures it on this machine."""
-    single_writer: bool = False
-    """I am the only writer here: allow a store without conditional PUT."""
     dry_run: bool = False
     """Print pairs, token histogram, time and cost; start nothing."""
 
     def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)
         for name in ("top_k", "unit_pairs", "num_partitions"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; give 1 or more")
-        for name in ("max_bad_fraction", "fusion_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give 0 to 1")
-        if self.stall_timeout_s <= 0:
-            raise ConfigError(f"stall_timeout_s is {self.stall_timeout_s}; give seconds above 0")
+        if not 0 <= self.fusion_weight <= 1:
+            raise ConfigError(f"fusion_weight is {self.fusion_weight}; give 0 to 1")
         if (self.run is None) == (self.candidates is None):
             raise ConfigError(
                 f"--run={self.run} and --candidates={self.candidates}: give exactly one of them"
@@ -241,8 +223,7 @@ def rerank_candidates(config: RerankCandidatesConfig) -> dict[str, Any]:
         loading = beside.submit(_make_task, config)
         with ray_session(stall_timeout_s=config.stall_timeout_s):
             task, models = loading.result()
-            gpus = config.gpus_per_actor if task.needs_models else 0.0
-            pool = plan_pool(config.min_actors, config.max_actors, gpus)
+            pool = config.pool(needs_gpus=task.needs_models)
             task = replace(task, dtype=compute_dtype(config.dtype, pool.gpus_per_actor))
             settings = scoring_fingerprint(task, models)
             task = replace(task, fingerprint=fingerprint_id(settings))
@@ -331,7 +312,7 @@ class _Reranked:
         """Check that all pairs are there, list the files, write the report; return the summary."""
         outputs = pa.concat_tables([self.done, pa.Table.from_pylist(self.made, schema=OUTPUTS)])
         counts = total_counts(outputs)
-        check_pairs(counts, self.config)
+        self.config.check_counts(counts, "pairs", rows_in="pairs", rows_out="ranked")
         draft = draft_of_units(
             self.storage,
             self.plan,
@@ -410,33 +391,3 @@ def total_counts(outputs: pa.Table) -> dict[str, Any]:
         "rejected": dict(sorted(rejected.items())),
         "dropped": dict(sorted(dropped.items())),
     }
-
-
-def check_pairs(counts: Mapping[str, Any], config: RerankCandidatesConfig) -> None:
-    """Refuse to publish more bad input than the operator allows, and what does not add up.
-
-    Raises:
-        BadInputError: Too many rejected pairs or unreadable objects; finished units are kept.
-        IntegrityError: Pairs are missing.
-    """
-    rejected = counts["rejected"]
-    num_rejected, num_dropped = num_row_rejects(rejected), sum(counts["dropped"].values())
-    if counts["pairs"] != counts["ranked"] + num_rejected + num_dropped:
-        raise IntegrityError(
-            f"{counts['pairs']} pairs in, but {counts['ranked']} ranked, {num_rejected} rejected "
-            f"and {num_dropped} dropped; nothing was published. This is a bug: report it"
-        )
-    bad_files = sum(rejected.values()) - num_rejected
-    bad_pairs = num_rejected - sum(rejected.get(reason, 0) for reason in DROPPED_REASONS)
-    kept = "nothing was published, finished units are kept, and the rejects files say which"
-    if bad_files > config.max_bad_files:
-        raise BadInputError(
-            f"{bad_files} unreadable objects ({rejected}), --max-bad-files={config.max_bad_files} "
-            f"are allowed; {kept}. Mend them or allow more, and run again"
-        )
-    if bad_pairs > config.max_bad_fraction * counts["pairs"]:
-        raise BadInputError(
-            f"{bad_pairs} bad pairs among {counts['pairs']} ({rejected}), a share of "
-            f"--max-bad-fraction={config.max_bad_fraction:g} is allowed; {kept}. Mend them or "
-            "allow more, and run again"
-        )

@@ -40,7 +40,6 @@ from qbatch.pipelines.embed_task import EmbedTask
 from qbatch.pipelines.finished_units import finished_units
 from qbatch.pipelines.metrics import UnitMetrics
 from qbatch.pipelines.pair_scoring import as_stored
-from qbatch.pipelines.pair_source import BadInputLimits
 from qbatch.pipelines.rerank_sources import full_texts
 from qbatch.pipelines.sampling import sample_evenly
 from qbatch.pipelines.synthesis_units import (
@@ -55,6 +54,7 @@ from qbatch.pipelines.synthesis_units import (
     write_pairs,
 )
 from qbatch.pipelines.unit_files import OUTPUTS
+from qbatch.pipelines.unit_job import UnitJobConfig
 from qbatch.pipelines.unit_stream import Stages, make_units
 from qbatch.report.synthesis_progress import SynthesisProgress
 from qbatch.report.writing import write_report
@@ -82,7 +82,7 @@ _MAX_PERSONAS = 200_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SynthesizePairsConfig:
+class SynthesizePairsConfig(UnitJobConfig):
     """Let a language model write training pairs for the documents of a corpus."""
 
     input: str
@@ -145,26 +145,19 @@ class SynthesizePairsConfig:
     """Compute dtype; auto is bfloat16 where the processor has it, else float32."""
     token_budget: int | None = None
     """Tokens of prompts and answers in one batch; None suits the device."""
-    min_actors: int | None = None
-    """Smallest pool; None is 1."""
     max_actors: int | None = None
     """Largest pool; None is what the cluster has GPUs or processors for, and 1 with a server."""
-    gpus_per_actor: float | None = None
-    """None is 1 on a cluster with GPUs, else 0; with a server 0."""
     max_bad_fraction: float = 0.2
     """Share of documents without a usable answer above which nothing is published."""
-    max_bad_files: int = 0
-    """Number of unreadable objects above which nothing is published."""
     unit_bytes: int = 2**18
     """Aimed size of a unit of work in bytes of input: a model takes long over little text."""
     stall_timeout_s: float = 3600.0
     """Seconds without a finished unit after which the job ends with code 6."""
-    single_writer: bool = False
-    """I am the only writer here: allow a store without conditional PUT."""
     dry_run: bool = False
     """Print the plan and an example of the prompts; ask nothing."""
 
     def __post_init__(self) -> None:
+        UnitJobConfig.__post_init__(self)
         for name in ("pairs_per_document", "max_chars", "max_attempts", "max_answer_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give 1 or more")
@@ -174,21 +167,10 @@ class SynthesizePairsConfig:
         for name in ("temperature", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give 0 or more")
-        if self.stall_timeout_s <= 0:
-            raise ConfigError(f"stall_timeout_s is {self.stall_timeout_s}; give seconds above 0")
         parse_languages(self.languages)
         if self.task == "bitext" and not self.languages:
             raise ConfigError("--task=bitext without --languages; name one to translate into")
-        self.limits()
         self.server()
-
-    def limits(self) -> BadInputLimits:
-        """Return how much may go wrong."""
-        return BadInputLimits(
-            max_bad_fraction=self.max_bad_fraction,
-            max_bad_files=self.max_bad_files,
-            what="documents",
-        )
 
     def server(self) -> ServerConfig | None:
         """Return the server, None for a model in the actors."""
@@ -303,7 +285,7 @@ def synthesize_pairs(config: SynthesizePairsConfig) -> dict[str, Any]:
         made = list(_make_units(plan, done, task, pool, (personas, progress)))
     outputs = pa.concat_tables([done, pa.Table.from_pylist(made, schema=OUTPUTS)])
     counts = total_counts(outputs)
-    config.limits().check(counts)
+    config.check_counts(counts, "documents", rows_in="rows_in", rows_out="rows_out")
     draft = draft_of_units(
         storage,
         plan,
@@ -410,7 +392,7 @@ def synthesis_units(task: SynthesisTask) -> Iterator[SynthesisUnit]:
 
 def _pool(config: SynthesizePairsConfig) -> PoolPlan:
     if config.endpoint is None:
-        return plan_pool(config.min_actors, config.max_actors, config.gpus_per_actor)
+        return config.pool()
     most = config.max_actors or config.min_actors or 1
     return plan_pool(config.min_actors, most, config.gpus_per_actor or 0.0)
 
