@@ -119,9 +119,16 @@ def test_the_tokenizer_fits_the_prompts():
     assert tokenizer.token_to_id(QWEN3_END) == 0
     assert None not in {tokenizer.token_to_id(YES), tokenizer.token_to_id(NO)}
     template = pair_template(tokenizer, "yes-no")(None)
-    assert tokenizer.decode(list(template.closing), skip_special_tokens=False) == JUDGE_END
+    closing = tokenizer.decode(list(template.closing), skip_special_tokens=False)
+    assert closing == "".join(JUDGE_END.split())
     for text in ("cats like to sleep", "猫は眠る"):
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text.replace(" ", "")
+
+
+def test_a_word_is_the_same_token_wherever_it_stands():
+    tokenizer = make_tokenizer(["cats like to sleep (cats)"] * 50)
+    ids = tokenizer.encode("Cats (cats) -cats, cats").ids
+    assert ids.count(tokenizer.token_to_id("cats")) == 4
 
 
 def test_pairs_are_read_by_training(tmp_path):
