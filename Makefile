@@ -60,7 +60,7 @@ bundled-models: venv ## train small models from scratch; README says how far tha
 	  --checkpoints "$$(ls -d bundled-models/trained/checkpoints/* | tail -n 2 | paste -sd ,)"
 	@$(PY) jobs/train_reranker.py --config jobs/configs/bundled-reranker.toml
 	@$(PY) -m tests.benchmarks.bundled_quality --sets bundled-models/texts/evaluation \
-	  --embedder bundled-models/embedder --reranker bundled-models/reranker --dims 128 64
+	  --embedder bundled-models/embedder --reranker bundled-models/reranker --dims 256 128
 
 training-example: venv ## write queries, filter, mine, train, merge and evaluate on the bundled corpus (minutes)
 	@$(PY) -m qbatch.quickstart.assets smollm2 minilm >/dev/null

@@ -45,7 +45,7 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "rerank": lambda: bench_rerank.main(
         ["--num-queries", "1", "--num-short", "200", "--dtypes", *DTYPES]
     ),
-    "peers": lambda: bench_embed_peers.main(["--num-texts", "3000", "--turns", "2"]),
+    "peers": lambda: bench_embed_peers.main(["--num-texts", "6000", "--turns", "2"]),
     "job": lambda: bench_embed_job.main(["--num-texts", "3000", "--pairs", "2"]),
     "read": lambda: bench_vectors_read.main([]),
     "index": lambda: bench_index.main(

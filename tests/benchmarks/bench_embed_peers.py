@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         Row.of_turns(
             [(turn["qbatch"], turn[name]) for turn in turns],
             len(texts),
-            case="whole job, documents, MiniLM float32",
+            case=f"whole job, {len(texts):,} documents, MiniLM float32",
             against=name,
             unit="documents/s",
             goal=GOALS[name],
