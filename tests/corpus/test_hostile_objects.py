@@ -73,7 +73,7 @@ def test_memory_follows_the_plan(tmp_path, name, write, documents, rejects):
     write_harmless(tmp_path / "harmless")
     write(tmp_path / "hostile" / name)
     told = told_by_process(
-        "tests.corpus.test_memory", *(str(tmp_path / f) for f in ("harmless", "hostile"))
+        "tests.corpus.test_hostile_objects", *(str(tmp_path / f) for f in ("harmless", "hostile"))
     )
     assert told["documents"] == documents
     assert sorted(set(told["rejects"])) == rejects
