@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qbatch.manifest import file_entry
-from qbatch.pipelines import embed, embed_write
+from qbatch.pipelines import embed, embed_resume, embed_write
 from qbatch.pipelines.unit_files import OUTPUTS
 from qbatch.schema import FILES
 from qbatch.storage import Storage
@@ -27,7 +27,7 @@ def append_everything(*, is_on: bool) -> Iterator[None]:
             for module, name, broken in (
                 (embed_write, "write_unit_file", _append),
                 (embed, "finished_units", _nothing),
-                (embed, "listed_files", _all_files),
+                (embed_resume, "listed_files", _all_files),
             ):
                 stack.enter_context(mock.patch.object(module, name, broken))
         yield
