@@ -62,3 +62,9 @@ DROPPED_REASONS = frozenset(
 def num_row_rejects(rejected: Mapping[str, int]) -> int:
     """Return how many rows stand behind counts by reason; faults of whole objects are no rows."""
     return sum(n for reason, n in rejected.items() if reason not in FILE_REASONS)
+
+
+def num_bad_rows(rejected: Mapping[str, int]) -> int:
+    """Return how many of these rows are faulty; what falls to a rule is not."""
+    by_rule = sum(rejected.get(reason, 0) for reason in DROPPED_REASONS)
+    return num_row_rejects(rejected) - by_rule

@@ -7,7 +7,9 @@ from qbatch.corpus.reasons import num_row_rejects
 from qbatch.errors import IntegrityError
 
 
-def check_balance(counts: Mapping[str, Any], what: str, *, rows_in: str, rows_out: str) -> None:
+def check_balance(
+    counts: Mapping[str, Any], what: str, *, rows_in: str = "rows_in", rows_out: str = "rows_out"
+) -> None:
     """Raise IntegrityError unless every row that was read came out, was rejected or dropped.
 
     Args:

@@ -27,10 +27,7 @@ from qbatch.models.hub import resolve_model
 from qbatch.models.loading import ModelSpec, load_spec, read_config, weights_sha256
 from qbatch.models.prompts import document_prompt, query_prompt
 from qbatch.models.roofline import flops_per_token
-from qbatch.pipelines.cluster import (
-    PoolPlan,
-    ray_session,
-)
+from qbatch.pipelines.cluster import PoolPlan, ray_session
 from qbatch.pipelines.compute_dtype import compute_dtype
 from qbatch.pipelines.embed_calibration import with_calibration
 from qbatch.pipelines.embed_estimate import Prices, estimate
@@ -227,7 +224,7 @@ class _Embedded:
         """Check that all rows are there, list the files, write the report; return the summary."""
         outputs = pa.concat_tables([self.done, pa.Table.from_pylist(self.made, schema=OUTPUTS)])
         counts = total_counts(outputs)
-        self.config.check_counts(counts, "rows", rows_in="rows_in", rows_out="rows_embedded")
+        self.config.check_counts(counts, "rows", rows_out="rows_embedded")
         draft = draft_of_units(
             self.storage,
             self.plan,

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qbatch.corpus.reasons import KILLED_PROCESS, NON_FINITE_VECTOR, num_row_rejects
+from qbatch.corpus.reasons import KILLED_PROCESS, NON_FINITE_VECTOR
 from qbatch.errors import BadInputError, IntegrityError
 from qbatch.models.vectors import quantize, truncate_normalise
+from qbatch.pipelines.conservation import check_balance
 from qbatch.pipelines.embed_task import EmbedTask, unit_table
 from qbatch.pipelines.unit_files import write_rejects, write_unit_file
 from qbatch.schema import PASSAGES, REJECTS, vector_array, vector_matrix, vectors_schema
@@ -137,15 +138,9 @@ def unit_counts(passages: pa.Table, notes: Mapping[str, int], rows_in: int) -> d
     rejected = {
         k.removeprefix("rejected:"): v for k, v in notes.items() if k.startswith("rejected:")
     }
-    row_rejects = num_row_rejects(rejected)
     # Passages of one document lie side by side, so that index 0 stands for the document.
     embedded = pc.sum(pc.equal(passages["passage_index"], 0)).as_py() or 0
-    if rows_in != embedded + row_rejects:
-        raise IntegrityError(
-            f"{rows_in} rows were read but {embedded} embedded and {row_rejects} rejected; "
-            "nothing of this unit was written. This is a bug: report it with the input"
-        )
-    return {
+    counts = {
         "rows_in": rows_in,
         "rows_embedded": embedded,
         "passages": passages.num_rows,
@@ -153,6 +148,8 @@ def unit_counts(passages: pa.Table, notes: Mapping[str, int], rows_in: int) -> d
         "rejected": dict(sorted(rejected.items())),
         "notes": {k: v for k, v in sorted(notes.items()) if not k.startswith("rejected:")},
     }
+    check_balance(counts, "rows", rows_out="rows_embedded")
+    return counts
 
 
 def vectors_table(passages: pa.Table, matrix: np.ndarray, task: EmbedTask) -> pa.Table:

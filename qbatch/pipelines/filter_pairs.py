@@ -197,7 +197,7 @@ def filter_pairs(config: FilterPairsConfig) -> dict[str, Any]:
         codes = job.decide(scored, rules)
         outputs, plan = job.write(scored, codes, rules, current)
     counts = total_counts(outputs)
-    config.check_counts(counts, "pairs", rows_in="rows_in", rows_out="rows_out")
+    config.check_counts(counts, "pairs")
     draft = draft_of_units(
         storage,
         plan,

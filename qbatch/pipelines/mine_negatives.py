@@ -220,7 +220,7 @@ def mine_negatives(config: MineNegativesConfig) -> dict[str, Any]:
         searched_at = time.perf_counter()
         outputs, plan, num_made, settings = job.mine(found, current)
     counts = total_counts(outputs)
-    config.check_counts(counts, "pairs", rows_in="rows_in", rows_out="rows_out")
+    config.check_counts(counts, "pairs")
     draft = draft_of_units(
         storage,
         plan,

@@ -189,5 +189,5 @@ def unit_counts(
         "rejected": dict(sorted(rejected.items())),
         **({} if dropped is None else {"dropped": dict(sorted(dropped.items()))}),
     }
-    check_balance(counts, what, rows_in="rows_in", rows_out="rows_out")
+    check_balance(counts, what)
     return counts

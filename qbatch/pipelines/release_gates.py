@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from qbatch.corpus.reasons import DROPPED_REASONS, num_row_rejects
+from qbatch.corpus.reasons import num_bad_rows, num_row_rejects
 from qbatch.errors import ConfigError
 from qbatch.evaluation.comparison import compare
 from qbatch.evaluation.metrics import Judgements, parse_metrics, score_queries
@@ -160,11 +160,8 @@ def corpus_gates(
 ) -> Iterator[Gate]:
     """Compare rejected and lost documents with what is allowed."""
     counts = vectors.generation.counts
-    rejected = counts["rejected"]
-    faulty = num_row_rejects(rejected) - sum(rejected.get(reason, 0) for reason in DROPPED_REASONS)
-    yield _at_most(
-        "rejected rows", faulty / max(1, counts["rows_in"]), config.max_rejected_fraction
-    )
+    bad_share = num_bad_rows(counts["rejected"]) / max(1, counts["rows_in"])
+    yield _at_most("rejected rows", bad_share, config.max_rejected_fraction)
     if last is not None:
         before = last["vectors"].generation.counts["rows_embedded"]
         lost = max(0, before - counts["rows_embedded"]) / max(1, before)

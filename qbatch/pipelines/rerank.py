@@ -25,10 +25,7 @@ from qbatch.manifest import Generation, fingerprint_id, latest_generation, publi
 from qbatch.models.devices import resolve_device, resolve_dtype
 from qbatch.models.rerank_prompts import TEMPLATE_VERSION
 from qbatch.models.rerank_templates import ScorerName
-from qbatch.pipelines.cluster import (
-    PoolPlan,
-    ray_session,
-)
+from qbatch.pipelines.cluster import PoolPlan, ray_session
 from qbatch.pipelines.compute_dtype import compute_dtype
 from qbatch.pipelines.embed_estimate import Prices
 from qbatch.pipelines.embed_resume import Plan, draft_of_units

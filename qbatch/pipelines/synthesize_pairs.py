@@ -285,7 +285,7 @@ def synthesize_pairs(config: SynthesizePairsConfig) -> dict[str, Any]:
         made = list(_make_units(plan, done, task, pool, (personas, progress)))
     outputs = pa.concat_tables([done, pa.Table.from_pylist(made, schema=OUTPUTS)])
     counts = total_counts(outputs)
-    config.check_counts(counts, "documents", rows_in="rows_in", rows_out="rows_out")
+    config.check_counts(counts, "documents")
     draft = draft_of_units(
         storage,
         plan,

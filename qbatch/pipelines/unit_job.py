@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qbatch.corpus.reasons import DROPPED_REASONS, num_row_rejects
+from qbatch.corpus.reasons import num_bad_rows, num_row_rejects
 from qbatch.errors import BadInputError, ConfigError
 from qbatch.pipelines.cluster import PoolPlan, plan_pool
 from qbatch.pipelines.conservation import check_balance
@@ -19,7 +19,7 @@ class UnitJobConfig:
     max_actors: int | None = None
     """Largest pool; None is what the cluster has GPUs or processors for."""
     gpus_per_actor: float | None = None
-    """None is 1 on a cluster with GPUs, else 0."""
+    """None is 1 on a cluster with GPUs, else 0, and 0 where a server computes."""
     max_bad_fraction: float = 0.001
     """Share of bad rows above which nothing is published; what falls to a rule is not bad."""
     max_bad_files: int = 0
@@ -47,7 +47,12 @@ class UnitJobConfig:
         return plan_pool(self.min_actors, self.max_actors, gpus)
 
     def check_counts(
-        self, counts: Mapping[str, Any], what: str, *, rows_in: str, rows_out: str
+        self,
+        counts: Mapping[str, Any],
+        what: str,
+        *,
+        rows_in: str = "rows_in",
+        rows_out: str = "rows_out",
     ) -> None:
         """Refuse to publish more bad input than is allowed, and anything that does not add up.
 
@@ -63,9 +68,8 @@ class UnitJobConfig:
         """
         check_balance(counts, what, rows_in=rows_in, rows_out=rows_out)
         rejected = counts["rejected"]
-        num_rejected = num_row_rejects(rejected)
-        bad_files = sum(rejected.values()) - num_rejected
-        bad_rows = num_rejected - sum(rejected.get(reason, 0) for reason in DROPPED_REASONS)
+        bad_files = sum(rejected.values()) - num_row_rejects(rejected)
+        bad_rows = num_bad_rows(rejected)
         kept = "nothing was published, finished units are kept, and the rejects files say which"
         if bad_files > self.max_bad_files:
             raise BadInputError(
