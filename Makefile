@@ -58,6 +58,8 @@ bundled-models: venv ## train small models from scratch; README says how far tha
 	@$(PY) jobs/train_embedder.py --config jobs/configs/bundled-embedder.toml
 	@$(PY) jobs/merge_checkpoints.py --output bundled-models/embedder \
 	  --checkpoints "$$(ls -d bundled-models/trained/checkpoints/* | tail -n 2 | paste -sd ,)"
+	@$(PY) -m qbatch.quickstart.starting_point --embedder bundled-models/embedder \
+	  --output bundled-models/reranker-start
 	@$(PY) jobs/train_reranker.py --config jobs/configs/bundled-reranker.toml
 	@$(PY) -m tests.benchmarks.bundled_quality --sets bundled-models/texts/evaluation \
 	  --embedder bundled-models/embedder --reranker bundled-models/reranker --dims 256 128

@@ -57,8 +57,8 @@ class PackLayout:
     max_length: int
     shared: SharedKeys | None
     """None where every segment is a whole text."""
-    wanted: torch.Tensor | None = None
-    """int64: the tokens whose states the last layer has to return; None is all."""
+    ends_early: bool = False
+    """Whether the last layer returns the state of each segment's last token only."""
 
     @property
     def last_tokens(self) -> torch.Tensor:
@@ -136,12 +136,12 @@ def packed_attention(
     scaling: float | None = None,
     **options: object,
 ) -> tuple[torch.Tensor, None]:
-    """Return each segment's attention, shape (1, tokens, heads, head_dim), and no weights.
+    """Return each segment's attention, shape (1, queries, heads, head_dim), and no weights.
 
     Args:
         module: The model's attention layer; says whether it is causal.
-        query: Shape (1, heads, tokens, head_dim).
-        key: As ``query``, possibly with fewer heads.
+        query: Shape (1, heads, queries, head_dim): of all tokens, or of each segment's last.
+        key: Of all tokens, possibly with fewer heads.
         value: As ``key``.
         attention_mask: None; the layout replaces it.
         pack: What was given to the model's forward, which hands it through.
@@ -180,26 +180,34 @@ def _attend_runs(
 ) -> torch.Tensor:
     """One call per run of equal lengths: such texts are a batch without padding.
 
+    Where each segment has one query, its last token's, that sees all keys: no mask is needed.
     Nothing is copied but the keys and values of what a run continues. Attending to those apart and
     joining the two parts by their log-sum-exp was slower (AVX2, two cores, 28 texts of 70 tokens).
     """
     enable_gqa = query.shape[1] != key.shape[1]
+    last_only = len(query) < len(key)
     sizes = [length * count for length, count in pack.runs]
+    num_queries = [count for _, count in pack.runs] if last_only else sizes
+    parts = zip(
+        pack.runs,
+        torch.split(query, num_queries),
+        torch.split(key, sizes),
+        torch.split(value, sizes),
+        strict=True,
+    )
     outputs = []
-    for i, ((length, count), *run) in enumerate(
-        zip(pack.runs, *(torch.split(x, sizes) for x in (query, key, value)), strict=True)
-    ):
-        q, k, v = (x.view(count, length, *x.shape[1:]) for x in run)
+    for i, ((_, count), *run) in enumerate(parts):
+        q, k, v = (x.view(count, -1, *x.shape[1:]) for x in run)
         mask = None
         if pack.shared and (prefix := pack.shared.prefixes[i]):
             k, v = _prepend(key, prefix, k), _prepend(value, prefix, v)
-            mask = pack.shared.mask(length, k.shape[1])
+            mask = None if last_only else pack.shared.mask(q.shape[1], k.shape[1])
         output = scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=mask,
-            is_causal=is_causal and mask is None,
+            is_causal=is_causal and mask is None and not last_only,
             scale=scale,
             enable_gqa=enable_gqa,
         )
@@ -230,6 +238,9 @@ def _attend_varlen(
     scale: float | None,
 ) -> torch.Tensor:
     """One call for the whole pack; causal counts from the last key, as flash-attention 2 does."""
+    cu_queries, max_queries = pack.cu_lengths, pack.max_length
+    if len(query) < len(key):
+        cu_queries, max_queries = torch.arange(len(query) + 1, device=query.device).int(), 1
     cu_keys, max_keys = pack.cu_lengths, pack.max_length
     if pack.shared:
         key, value = key[pack.shared.rows], value[pack.shared.rows]
@@ -238,9 +249,9 @@ def _attend_varlen(
         query,
         key,
         value,
-        pack.cu_lengths,
+        cu_queries,
         cu_keys,
-        pack.max_length,
+        max_queries,
         max_keys,
         scale=scale,
         window_size=(-1, 0) if is_causal else (-1, -1),

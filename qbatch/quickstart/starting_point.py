@@ -1,7 +1,14 @@
-"""What the bundled models start from: a small Qwen3 and a tokenizer of their own."""
+"""What the bundled models start from: small Qwen3 and a tokenizer of their own.
 
+    python -m qbatch.quickstart.starting_point --embedder DIR --output DIR
+
+writes what the reranker starts from, which needs the trained embedder; where that starts is written
+by ``qbatch.quickstart.training_texts``.
+"""
+
+import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import (
@@ -18,6 +25,8 @@ from tokenizers import (
 from qbatch.models.prompts import qwen3_query_prompt
 from qbatch.models.rerank_prompts import JUDGE_END, JUDGE_START, NO, YES, judge_opening
 from qbatch.models.tokenization import QWEN3_END
+from qbatch.training.starting_embedder import write_bag_of_words
+from qbatch.training.starting_reranker import write_matcher
 
 VOCABULARY = 16_384
 
@@ -54,8 +63,9 @@ CONFIG = {
 }
 
 
-def write_start(folder: Path, texts: Iterable[str]) -> None:
-    """Write config.json and a byte-level BPE tokenizer trained on texts; case is folded."""
+def write_start(folder: Path, queries: Sequence[str], documents: Sequence[str]) -> None:
+    """Write a model that finds equal words, and a byte-level BPE tokenizer that folds case."""
+    texts = [*map(query_text, queries), *documents]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", "utf-8")
     make_tokenizer(texts).save(str(folder / "tokenizer.json"))
@@ -67,6 +77,12 @@ def write_start(folder: Path, texts: Iterable[str]) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    write_bag_of_words(folder, texts)
+
+
+def query_text(query: str) -> str:
+    """Return a query with the prompt of the bundled embedder."""
+    return qwen3_query_prompt(INSTRUCTION) + query
 
 
 def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
@@ -94,7 +110,20 @@ def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 def _with_prompts(texts: Iterable[str]) -> Iterable[str]:
     """Yield the texts, and so often the prompts that their words become tokens."""
-    prompts = (JUDGE_START, judge_opening(), JUDGE_END, qwen3_query_prompt(INSTRUCTION))
+    prompts = (JUDGE_START, judge_opening(), JUDGE_END, query_text(""))
     yield from prompts * 200
     yield from (YES, NO) * 200
     yield from texts
+
+
+def main() -> None:
+    """Write what the reranker starts from."""
+    parser = argparse.ArgumentParser(prog="python -m qbatch.quickstart.starting_point")
+    parser.add_argument("--embedder", type=Path, required=True, help="the trained one")
+    parser.add_argument("--output", type=Path, required=True, help="folder that does not exist yet")
+    options = parser.parse_args()
+    write_matcher(options.embedder, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,7 @@
     python -m qbatch.quickstart.training_texts --output training-texts
 
 writes pairs (``pairs/``, ``reranking/``), the described packages as a corpus to mine negatives from
-(``corpus/``), what training starts from (``start/``: config.json and a tokenizer made of these
+(``corpus/``), what training starts from (``start/``: a bag of words and a tokenizer made of these
 texts) and two evaluation sets in the layout of BEIR (``evaluation/``).
 
 Held out are packages whose name has a first SHA-256 byte below 0x10, all other packages of the same
@@ -257,7 +257,7 @@ def write_all(output: Path, *, seed: int = 0) -> dict[str, int]:
     sample = rng.sample(tables["retrieval/descriptions"], _NUM_RERANKING)
     write_pairs(output / "reranking" / "pairs.parquet", sample, rng)
     pairs = [pair for table in tables.values() for pair in table]
-    write_start(output / "start", (t for pair in pairs for t in (pair.query, pair.document)))
+    write_start(output / "start", [p.query for p in pairs], [p.document for p in pairs])
     return {name: len(table) for name, table in tables.items()}
 
 

@@ -24,11 +24,11 @@ def build(config_type: type, dtype: torch.dtype = torch.float32) -> torch.nn.Mod
     return AutoModel.from_config(config_type(**SIZES, use_cache=False), dtype=dtype).eval()
 
 
-def tokens_of_last_mlp(model: torch.nn.Module) -> list[int]:
-    """Return a list that will hold how many tokens each later call of the last MLP gets."""
+def tokens_of_last(model: torch.nn.Module, part: str) -> list[int]:
+    """Return a list that will hold how many tokens each later call of a part of it gets."""
     seen: list[int] = []
-    mlp = model.layers[-1].mlp
-    mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    module = model.layers[-1].get_submodule(part)
+    module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     return seen
 
 
@@ -40,13 +40,15 @@ def pack() -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config_type", [Qwen3Config, Qwen2Config, LlamaConfig])
 @torch.inference_mode()
-def test_pooling_needs_the_last_feed_forward_of_one_token_a_text(config_type, dtype):
+def test_pooling_needs_of_the_last_layer_one_token_a_text(config_type, dtype):
     model = build(config_type, dtype)
     backbone = Backbone(model, "last")
-    seen = tokens_of_last_mlp(model)
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp")
+    queries, keys, outputs, mlp = (tokens_of_last(model, part) for part in parts)
     pooled = backbone.pool(*pack())
     states, layout = backbone.states(*pack())
-    assert seen == [len(LENGTHS), LENGTHS.sum()]
+    assert queries == outputs == mlp == [len(LENGTHS), LENGTHS.sum()]
+    assert keys == [LENGTHS.sum(), LENGTHS.sum()]
     expected = states[layout.last_tokens].float()
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(pooled, expected, atol=tolerance, rtol=tolerance)
@@ -70,7 +72,19 @@ def test_layers_of_another_shape_are_computed_whole():
     """Gemma 2 normalises after each part as well: our short form would be wrong."""
     model = build(Gemma2Config)
     backbone = Backbone(model, "last")
-    seen = tokens_of_last_mlp(model)
+    seen = tokens_of_last(model, "mlp")
     pooled = backbone.pool(*pack())
     assert all(count > len(LENGTHS) for count in seen)
     assert torch.isfinite(pooled).all()
+
+
+def test_training_through_the_short_layer_gives_the_same_gradients():
+    model = build(Qwen3Config)
+    backbone = Backbone(model, "last")
+    states, layout = backbone.states(*pack())
+    states[layout.last_tokens].square().sum().backward()
+    expected = [weights.grad.clone() for weights in model.parameters()]
+    model.zero_grad()
+    backbone.pool(*pack()).square().sum().backward()
+    for weights, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(weights.grad, gradient, atol=1e-4, rtol=1e-4)
