@@ -5,6 +5,7 @@ causally to itself and to the segments it continues: what many texts begin with 
 once, and its keys and values serve all of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -27,8 +28,8 @@ class UnsupportedAttentionError(NotImplementedError):
 class SharedKeys:
     """Which tokens every segment of a pack attends to, where segments continue others."""
 
-    prefixes: list[list[slice]]
-    """For each run, the rows of the pack that its segments continue, in text order."""
+    prefixes: list[list[tuple[int, slice]]]
+    """For each run, the runs and rows in them that its segments continue, in text order."""
     rows: torch.Tensor
     """int64, shape (keys,): of each segment in turn, the rows it continues and its own."""
     cu_keys: torch.Tensor
@@ -92,7 +93,8 @@ def _share_keys(
 ) -> SharedKeys:
     chains = _chains(cu_lengths, parents)
     heads = np.cumsum([0, *(count for _, count in runs[:-1])])
-    prefixes = [chains[head][:-1] for head in heads]
+    starts = cu_lengths[heads]
+    prefixes = [[_in_run(rows, starts) for rows in chains[head][:-1]] for head in heads]
     rows = [np.arange(part.start, part.stop) for chain in chains for part in chain]
     num_keys = [sum(part.stop - part.start for part in chain) for chain in chains]
     return SharedKeys(
@@ -101,6 +103,13 @@ def _share_keys(
         cu_keys=_upload(np.concatenate([[0], np.cumsum(num_keys)]).astype(np.int32), device),
         max_keys=max(num_keys),
     )
+
+
+def _in_run(rows: slice, starts: np.ndarray) -> tuple[int, slice]:
+    """Return which run holds rows of the pack, and where in it; runs start at ``starts``."""
+    run = int(np.searchsorted(starts, rows.start, side="right")) - 1
+    start = int(starts[run])
+    return run, slice(rows.start - start, rows.stop - start)
 
 
 def _chains(cu_lengths: np.ndarray, parents: np.ndarray) -> list[list[slice]]:
@@ -188,19 +197,16 @@ def _attend_runs(
     last_only = len(query) < len(key)
     sizes = [length * count for length, count in pack.runs]
     num_queries = [count for _, count in pack.runs] if last_only else sizes
-    parts = zip(
-        pack.runs,
-        torch.split(query, num_queries),
-        torch.split(key, sizes),
-        torch.split(value, sizes),
-        strict=True,
+    # Split, not sliced: the gradient of a slice is as large as what it was cut from.
+    queries, keys, values = (
+        torch.split(x, sizes) for x, sizes in ((query, num_queries), (key, sizes), (value, sizes))
     )
     outputs = []
-    for i, ((_, count), *run) in enumerate(parts):
-        q, k, v = (x.view(count, -1, *x.shape[1:]) for x in run)
+    for i, (_, count) in enumerate(pack.runs):
+        q, k, v = (x[i].view(count, -1, *x[i].shape[1:]) for x in (queries, keys, values))
         mask = None
         if pack.shared and (prefix := pack.shared.prefixes[i]):
-            k, v = _prepend(key, prefix, k), _prepend(value, prefix, v)
+            k, v = _prepend(keys, prefix, k), _prepend(values, prefix, v)
             mask = None if last_only else pack.shared.mask(q.shape[1], k.shape[1])
         output = scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -215,9 +221,11 @@ def _attend_runs(
     return torch.cat(outputs)
 
 
-def _prepend(whole: torch.Tensor, prefix: list[slice], own: torch.Tensor) -> torch.Tensor:
+def _prepend(
+    runs: Sequence[torch.Tensor], prefix: list[tuple[int, slice]], own: torch.Tensor
+) -> torch.Tensor:
     """Return ``own``, (count, length, heads, dim), with the rows of ``prefix`` before each."""
-    parts = [whole[rows].expand(len(own), -1, -1, -1) for rows in prefix]
+    parts = [runs[run][rows].expand(len(own), -1, -1, -1) for run, rows in prefix]
     return torch.cat([*parts, own], dim=1)
 
 
