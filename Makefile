@@ -54,7 +54,7 @@ bundled-models: venv ## train small models from scratch; README says how far tha
 	@for part in pairs/retrieval/descriptions reranking/pairs; do \
 	  $(PY) jobs/mine_negatives.py --pairs bundled-models/texts/$$part.parquet \
 	    --index bundled-models/index --corpus bundled-models/texts/corpus \
-	    --output bundled-models/mined/$$part --last-rank 50 || exit; done
+	    --output bundled-models/mined/$$part --last-rank 50 --max-ratio 0.98 || exit; done
 	@$(PY) jobs/train_embedder.py --config jobs/configs/bundled-embedder.toml
 	@$(PY) jobs/merge_checkpoints.py --output bundled-models/embedder \
 	  --checkpoints "$$(ls -d bundled-models/trained/checkpoints/* | tail -n 2 | paste -sd ,)"

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +29,8 @@ from qbatch.errors import StorageError
 from qbatch.quickstart import assets
 from qbatch.quickstart.bundled import CORPUS, read_jsonl
 from qbatch.quickstart.starting_point import write_start
+
+T = TypeVar("T")
 
 HELD_OUT = 0x10
 """First bytes of the SHA-256 of a package's name below it are never trained on."""
@@ -53,8 +55,8 @@ _LANGUAGES = {"de": 20_000, "fr": 8000, "it": 8000, "es": 8000, "ja": 4000, "ru"
 _NUM_MEANINGS = 30_000
 """Of WordNet's, drawn at random: more would outweigh the descriptions."""
 
-_NUM_RERANKING = 10_000
-"""Descriptions from which the reranker learns: each costs as much as a text and its candidates."""
+_NUM_RERANKING = {"retrieval/descriptions": 9000, "retrieval/translations": 5000}
+"""Pairs from which the reranker learns: each costs as much as a text and its candidates."""
 
 _NUM_DOCUMENTS, _NUM_QUERIES = 1500, 300
 
@@ -154,8 +156,12 @@ def _translations(
     """Yield language, translated and English row of some packages."""
     for lang, most in _LANGUAGES.items():
         rows = [r for r in descriptions.translated.get(lang, ()) if _md5(r) in descriptions.english]
-        for row in rng.sample(rows, min(most, len(rows))):
+        for row in _sample(rng, rows, most):
             yield lang, row, descriptions.english[_md5(row)]
+
+
+def _sample(rng: random.Random, rows: Sequence[T], most: int) -> list[T]:
+    return rng.sample(rows, min(most, len(rows)))
 
 
 def wordnet_pairs(
@@ -254,7 +260,7 @@ def write_all(output: Path, *, seed: int = 0) -> dict[str, int]:
     for name, table in tables.items():
         write_pairs(output / "pairs" / f"{name}.parquet", table, rng)
     write_evaluation(output / "evaluation", held_out, rng)
-    sample = rng.sample(tables["retrieval/descriptions"], _NUM_RERANKING)
+    sample = [p for name, most in _NUM_RERANKING.items() for p in _sample(rng, tables[name], most)]
     write_pairs(output / "reranking" / "pairs.parquet", sample, rng)
     pairs = [pair for table in tables.values() for pair in table]
     write_start(output / "start", [p.query for p in pairs], [p.document for p in pairs])

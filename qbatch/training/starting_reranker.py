@@ -60,7 +60,7 @@ _SHARPNESS = 12.0
 _SLOWEST, _FIRST_SLOW = 31, 9
 """Rotary pairs of a head of 64 components: the slowest, and the first that hardly turns."""
 
-_GAIN = 60.0
+_GAIN = 30.0
 """From the sum of matches to log-odds."""
 
 CHANGES = {
@@ -169,15 +169,24 @@ def _write_places(mlp: Qwen3MLP, at: Places) -> None:
 
 
 def _write_match(attention: Qwen3Attention, at: Places) -> None:
-    """Let match be half the attention that a token's likes in the query get."""
+    """Let match be half the attention that a token's likes in the query get.
+
+    Every second head also lets words match that are only alike.
+    """
     dim = attention.head_dim
     num_heads = attention.q_proj.out_features // dim
-    slow = [i for i in range(dim) if i % (dim // 2) >= _FIRST_SLOW]
+    slow = [i for i in range(dim) if _FIRST_SLOW <= i % (dim // 2) < _SLOWEST]
+    length = math.sqrt(len(slow) / at.words.stop)
     for head in range(num_heads):
         rows = [head * dim + i for i in slow]
         like = torch.linalg.qr(torch.randn(at.words.stop, len(slow)))[0].T
         for projection in (attention.q_proj, attention.k_proj):
             projection.weight[rows, at.words] += like
+        if (
+            head % 2
+        ):  # half of what is compared is different for all: words that are alike match too
+            attention.q_proj.weight[head * dim + _SLOWEST, at["constant"]] = length / 0.3
+            attention.k_proj.weight[head * dim + _SLOWEST + dim // 2, at["constant"]] = length / 0.3
         attention.v_proj.weight[head * dim, at["query"]] = 2 / _visible(at, 1.73)
         attention.o_proj.weight[at["match"], head * dim] = at.unit / 2 / num_heads
 
@@ -214,10 +223,19 @@ def write_matcher(embedder: Path, folder: Path) -> None:
     config["hidden_size"] += _SPARE + len(_FLAGS)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     model = Qwen3ForCausalLM(cast("Qwen3Config", read_config(folder)))
-    vectors = first_layer(found).input_layernorm(found.embed_tokens.weight).detach()
+    vectors = contributions(found)
     overwrite(model, tokenizer, vectors, attention_logits(found, tokenizer))
     write_weights(folder, model.state_dict(), torch.float32, is_tied=True)
     copy_tokenizer(embedder, folder)
+
+
+@torch.no_grad()
+def contributions(embedder: Qwen3Model) -> torch.Tensor:
+    """Return what each token adds to a text's vector, but for weight and feed-forward part."""
+    layer = first_layer(embedder)
+    values = layer.self_attn.v_proj(layer.input_layernorm(embedder.embed_tokens.weight))
+    vectors: torch.Tensor = layer.self_attn.o_proj(values) * embedder.norm.weight
+    return vectors
 
 
 @torch.no_grad()
