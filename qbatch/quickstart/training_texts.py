@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from qbatch.errors import StorageError
 from qbatch.quickstart import assets
-from qbatch.quickstart.bundled import CORPUS, read_jsonl
+from qbatch.quickstart.bundled import read_jsonl
 from qbatch.quickstart.starting_point import write_start
 
 T = TypeVar("T")
@@ -164,20 +164,10 @@ def _sample(rng: random.Random, rows: Sequence[T], most: int) -> list[T]:
     return rng.sample(rows, min(most, len(rows)))
 
 
-def wordnet_pairs(
-    meanings: Iterable[Mapping[str, Any]], known: set[str], rng: random.Random
-) -> Iterator[Pair]:
-    """Yield of each meaning one pair: word and definition, the reverse, or an example and both.
-
-    Args:
-        meanings: Rows of the asset.
-        known: Definitions to leave out, lower case.
-        rng: Chooses.
-    """
+def wordnet_pairs(meanings: Iterable[Mapping[str, Any]], rng: random.Random) -> Iterator[Pair]:
+    """Yield of each meaning one pair: word and definition, the reverse, or an example and both."""
     for row in meanings:
         definition, words = row["definition"], ", ".join(row["words"])
-        if definition.lower() in known:
-            continue
         pairs = [
             Pair(words, definition, row["id"], "word"),
             Pair(definition, words, row["id"], "definition"),
@@ -185,12 +175,6 @@ def wordnet_pairs(
         for example in row["examples"]:
             pairs.append(Pair(example, f"{words}\n\n{definition}", row["id"], "example"))
         yield rng.choice(pairs)
-
-
-def bundled_definitions() -> set[str]:
-    """Return the definitions in the bundled corpus, lower case."""
-    rows = read_jsonl(CORPUS)
-    return {row["text"].partition('; "')[0].lower() for row in rows}
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair], rng: random.Random) -> None:
@@ -249,9 +233,7 @@ def write_all(output: Path, *, seed: int = 0) -> dict[str, int]:
         "retrieval/passages": list(passage_pairs(trained, rng)),
         "retrieval/bodies": list(body_translation_pairs(trained, rng)),
         "words/synopses": list(synopsis_pairs(trained, rng)),
-        "words/wordnet": list(
-            wordnet_pairs(rng.sample(meanings, _NUM_MEANINGS), bundled_definitions(), rng)
-        ),
+        "words/wordnet": list(wordnet_pairs(rng.sample(meanings, _NUM_MEANINGS), rng)),
     }
     (output / "corpus").mkdir(parents=True)
     documents = {pair.doc_id: pair.document for pair in tables["retrieval/descriptions"]}
