@@ -27,11 +27,10 @@ assets: venv ## download the models and tokenizers that tests use
 	@$(ASSETS) minilm qwen3-tokenizer >/dev/null || echo "some assets are missing: their tests skip"
 
 quickstart: venv ## embed, index, search and rerank the bundled corpus, and measure the answers
-	@model=$$($(ASSETS) minilm) && reranker=$$($(ASSETS) smollm2) && \
-	  $(PY) jobs/embed_corpus.py --config jobs/configs/quickstart-embed.toml --model "$$model" && \
+	@$(PY) jobs/embed_corpus.py --config jobs/configs/quickstart-embed.toml && \
 	  $(PY) jobs/build_index.py --config jobs/configs/quickstart-index.toml && \
 	  $(PY) jobs/search_index.py --config jobs/configs/quickstart-search.toml && \
-	  $(PY) jobs/rerank_candidates.py --config jobs/configs/quickstart-rerank.toml --model "$$reranker" && \
+	  $(PY) jobs/rerank_candidates.py --config jobs/configs/quickstart-rerank.toml && \
 	  $(PY) jobs/evaluate.py --config jobs/configs/quickstart-evaluate.toml && \
 	  $(PY) -m qbatch.quickstart.answers --run quickstart-output/run --reranked quickstart-output/reranked
 
@@ -45,7 +44,7 @@ test-slow: assets ## run the tests that take longer than a minute
 faults: venv ## let 200 seeded faults happen in every job: no row may be lost or doubled
 	@$(PY) -m tests.faults.harness --cases 200
 
-bundled-models: venv ## train small models from scratch; README says how far that got (hours)
+bundled-models: venv ## train the bundled models again, from scratch (three quarters of an hour)
 	@$(PY) -m qbatch.quickstart.training_texts --output bundled-models/texts
 	@$(PY) jobs/train_embedder.py --config jobs/configs/bundled-weakly-trained.toml
 	@$(PY) jobs/embed_corpus.py --input bundled-models/texts/corpus --output bundled-models/vectors \
@@ -54,7 +53,7 @@ bundled-models: venv ## train small models from scratch; README says how far tha
 	@for part in pairs/retrieval/descriptions reranking/pairs; do \
 	  $(PY) jobs/mine_negatives.py --pairs bundled-models/texts/$$part.parquet \
 	    --index bundled-models/index --corpus bundled-models/texts/corpus \
-	    --output bundled-models/mined/$$part --last-rank 50 --max-ratio 0.98 || exit; done
+	    --output bundled-models/mined/$$part --last-rank 50 --max-ratio 0.9 || exit; done
 	@$(PY) jobs/train_embedder.py --config jobs/configs/bundled-embedder.toml
 	@$(PY) jobs/merge_checkpoints.py --output bundled-models/embedder \
 	  --checkpoints "$$(ls -d bundled-models/trained/checkpoints/* | tail -n 2 | paste -sd ,)"
@@ -63,6 +62,10 @@ bundled-models: venv ## train small models from scratch; README says how far tha
 	@$(PY) jobs/train_reranker.py --config jobs/configs/bundled-reranker.toml
 	@$(PY) -m tests.benchmarks.bundled_quality --sets bundled-models/texts/evaluation \
 	  --embedder bundled-models/embedder --reranker bundled-models/reranker --dims 256 128
+	@for kind in embedder reranker; do \
+	  mkdir -p qbatch/quickstart/models/$$kind && tar -C bundled-models/$$kind -cf - \
+	    --exclude=checkpoints --exclude=complete.json --exclude='report.*' . | \
+	  tar -C qbatch/quickstart/models/$$kind -xf - || exit; done
 
 training-example: venv ## write queries, filter, mine, train, merge and evaluate on the bundled corpus (minutes)
 	@$(PY) -m qbatch.quickstart.assets smollm2 minilm >/dev/null

@@ -55,7 +55,7 @@ _LANGUAGES = {"de": 20_000, "fr": 8000, "it": 8000, "es": 8000, "ja": 4000, "ru"
 _NUM_MEANINGS = 30_000
 """Of WordNet's, drawn at random: more would outweigh the descriptions."""
 
-_NUM_RERANKING = {"retrieval/descriptions": 9000, "retrieval/translations": 5000}
+_NUM_RERANKING = {"retrieval/descriptions": 5000, "retrieval/translations": 2500}
 """Pairs from which the reranker learns: each costs as much as a text and its candidates."""
 
 _NUM_DOCUMENTS, _NUM_QUERIES = 1500, 300
