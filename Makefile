@@ -44,7 +44,7 @@ test-slow: assets ## run the tests that take longer than a minute
 faults: venv ## let 200 seeded faults happen in every job: no row may be lost or doubled
 	@$(PY) -m tests.faults.harness --cases 200
 
-bundled-models: venv ## train the bundled models again, from scratch (three quarters of an hour)
+bundled-models: venv ## train the bundled models again, from scratch (half an hour)
 	@$(PY) -m qbatch.quickstart.training_texts --output bundled-models/texts
 	@$(PY) jobs/train_embedder.py --config jobs/configs/bundled-weakly-trained.toml
 	@$(PY) jobs/embed_corpus.py --input bundled-models/texts/corpus --output bundled-models/vectors \

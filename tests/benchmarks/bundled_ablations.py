@@ -18,7 +18,7 @@ DIMS = (None, 128)
 VARIANTS = {
     "without hard negatives": ["--num-negatives", "0"],
     "without the mask": ["--margin", "2"],  # cosines differ by 2 at most
-    "without Matryoshka": ["--dims", "384"],
+    "without Matryoshka": ["--dims", "384", "--dim-weights", "1"],
 }
 
 
