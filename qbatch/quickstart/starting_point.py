@@ -55,7 +55,6 @@ CONFIG = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-    "initializer_range": 0.06,
     "attention_dropout": 0.0,
     "attention_bias": False,
     "use_cache": True,

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP
 
 from qbatch.models.loading import read_config
 from qbatch.models.tokenization import QWEN3_END
 from qbatch.training.model_files import write_weights
 
 _NOISE = 0.005
-"""Standard deviation of what would be zero: equal weights would stay equal in training."""
+"""Standard deviation of what would be zero."""
 
 _RARITY_LENGTH = 0.3
 """Of the two components that tell the rarity, in a token's vector of length 1."""
@@ -82,15 +82,25 @@ def write_bag_of_words(folder: Path, texts: Iterable[str]) -> None:
 def overwrite(model: Qwen3Model, tokenizer: Tokenizer, log_weights: np.ndarray) -> None:
     """Make a model a bag of words, weighted by the exponentials of ``log_weights``."""
     torch.manual_seed(0)
-    for weights in model.parameters():
-        if weights.ndim > 1:
-            weights.normal_(0, _NOISE)
+    fill_with_noise(model, _NOISE)
     layer = first_layer(model)
     _write_tokens(model.embed_tokens.weight, tokenizer.token_to_id(QWEN3_END), log_weights)
     _write_attention(layer.self_attn)
-    for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
-        projection.weight.normal_(0, projection.in_features**-0.5)
+    open_gates(layer.mlp)
     model.norm.weight[-2:] = 0
+
+
+def fill_with_noise(model: torch.nn.Module, deviation: float) -> None:
+    """Draw all matrices at random: equal weights would stay equal in training."""
+    for weights in model.parameters():
+        if weights.ndim > 1:
+            weights.normal_(0, deviation)
+
+
+def open_gates(mlp: Qwen3MLP) -> None:
+    """Draw what goes into a feed-forward part at random, so that gradients pass through it."""
+    for projection in (mlp.gate_proj, mlp.up_proj):
+        projection.weight.normal_(0, projection.in_features**-0.5)
 
 
 def first_layer(model: Qwen3Model) -> Qwen3DecoderLayer:

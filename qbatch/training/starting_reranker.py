@@ -30,7 +30,7 @@ from qbatch.models.loading import read_config, read_json
 from qbatch.models.rerank_prompts import NO, YES
 from qbatch.models.tokenization import QWEN3_END
 from qbatch.training.model_files import copy_tokenizer, write_weights
-from qbatch.training.starting_embedder import angles, first_layer
+from qbatch.training.starting_embedder import angles, fill_with_noise, first_layer, open_gates
 
 _NOISE = 0.0005
 """Standard deviation of what would be zero."""
@@ -43,7 +43,8 @@ _FLAGS = (
     *(f"{side}{head}" for head in range(_HEADS) for side in ("rare", "common")),
     *("spare0", "spare1"),
 )
-"""Components after the embedder's; what each means is said where it is written."""
+"""Components after the embedder's; what each means is said where it is written. The spare ones make
+the width a multiple of 16."""
 
 _SCALE = 0.06
 """Of the components of token vectors: AdamW's steps are measured against it."""
@@ -92,29 +93,28 @@ class Words:
     """Shape (tokens, H): with which the end token attends to them."""
     to_output: torch.Tensor
     """Shape (D, D): from states to what a token adds to a text's vector."""
+    within_heads: list[torch.Tensor]
+    """For each head shape (64, D): the part of ``to_output`` that no other head adds to."""
 
     @classmethod
     @torch.no_grad()
     def read(cls, embedder: Qwen3Model, end: int | None) -> "Words":
         """Read an embedder of one layer that began as ``starting_embedder`` says."""
-        layer = first_layer(embedder)
+        layer, norm = first_layer(embedder), embedder.norm.weight[:, None]
         attention, states = layer.self_attn, layer.input_layernorm(embedder.embed_tokens.weight)
         shape = -1, embedder.config.num_attention_heads, attention.head_dim
         keys = attention.k_norm(attention.k_proj(states).view(shape))
         queries = attention.q_norm(attention.q_proj(states[end]).view(shape))
-        to_output = attention.o_proj.weight @ attention.v_proj.weight
+        values, outputs = attention.v_proj.weight, attention.o_proj.weight
+        length = math.sqrt(states.shape[1])
+        starts = range(0, len(values), attention.head_dim)
+        heads = [slice(start, start + attention.head_dim) for start in starts]
         return cls(
-            states=states / math.sqrt(states.shape[1]),
+            states=states / length,
             logits=(queries * keys).sum(-1) * attention.scaling,
-            to_output=embedder.norm.weight[:, None] * to_output * math.sqrt(states.shape[1]),
+            to_output=norm * (outputs @ values) * length,
+            within_heads=[norm[h] * (outputs[h, h] @ values[h]) * length for h in heads],
         )
-
-    def head_output(self, embedder: Qwen3Model, head: int) -> torch.Tensor:
-        """Return the part of ``to_output`` that stays within a head: shape (64, D)."""
-        attention = first_layer(embedder).self_attn
-        rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
-        inner = attention.o_proj.weight[rows, rows] @ attention.v_proj.weight[rows]
-        return embedder.norm.weight[rows, None] * inner * math.sqrt(self.states.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +146,7 @@ def write_matcher(embedder: Path, folder: Path) -> None:
     found = Qwen3Model.from_pretrained(embedder, dtype=torch.float32)
     config = {**read_json(embedder / "config.json"), **CHANGES, "dtype": "float32"}
     config["hidden_size"] += len(_FLAGS)
+    config.pop("matryoshka_dimensions", None)  # the embedder's
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     model = Qwen3ForCausalLM(cast("Qwen3Config", read_config(folder)))
     overwrite(model, tokenizer, found)
@@ -161,13 +162,10 @@ def overwrite(model: Qwen3ForCausalLM, tokenizer: Tokenizer, embedder: Qwen3Mode
     dim = words.states.shape[1]
     flags = {name: dim + i for i, name in enumerate(_FLAGS)}
     at = Places(slice(0, dim), flags, _SCALE * math.sqrt(model.config.hidden_size))
-    for weights in model.parameters():
-        if weights.ndim > 1:
-            weights.normal_(0, _NOISE)
+    fill_with_noise(model, _NOISE)
     layers = cast("list[Qwen3DecoderLayer]", list(model.model.layers))
     for layer in layers:
-        for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            projection.weight.normal_(0, projection.in_features**-0.5)
+        open_gates(layer.mlp)
         layer.mlp.down_proj.weight *= 0.1
         for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
             norm.weight.fill_(math.sqrt(2))  # logits reach 16 nats, not 8
@@ -176,7 +174,7 @@ def overwrite(model: Qwen3ForCausalLM, tokenizer: Tokenizer, embedder: Qwen3Mode
     _write_count(count.self_attn, at)
     _write_places(count.mlp, at)
     _write_match(match.self_attn, words, at)
-    _write_means(compare.self_attn, words, embedder, at)
+    _write_means(compare.self_attn, words, at)
     _write_product(compare.mlp, at)
     model.model.norm.weight[at["match"]] = _GAIN
 
@@ -252,7 +250,7 @@ def _write_match(attention: Qwen3Attention, words: Words, at: Places) -> None:
         attention.o_proj.weight[at["match"], head * dim] = at.unit / 2 / num_heads
 
 
-def _write_means(attention: Qwen3Attention, words: Words, embedder: Qwen3Model, at: Places) -> None:
+def _write_means(attention: Qwen3Attention, words: Words, at: Places) -> None:
     """Put the means of query and document where words were, and add that of matches to match."""
     dim = attention.head_dim
     seen = at.visible(1.76)
@@ -260,8 +258,8 @@ def _write_means(attention: Qwen3Attention, words: Words, embedder: Qwen3Model, 
         for head in range(_HEADS):
             place = (number * _HEADS + head) * dim
             _attend_within(attention, place, at, side, head)
-            output = words.head_output(embedder, head)
-            length = _usual_length(words, output, head) * math.sqrt(_HEADS) * seen
+            output = words.within_heads[head]
+            length = _usual_length(words, head) * math.sqrt(_HEADS) * seen
             attention.v_proj.weight[place : place + dim, at.words] += output / length
             rows = torch.arange(place, place + dim)
             attention.o_proj.weight[rows, rows] += mean_length * at.unit
@@ -282,12 +280,12 @@ def _attend_within(attention: Qwen3Attention, place: int, at: Places, side: str,
     attention.k_proj.weight[place + _SLOWEST - 2, at["constant"]] = -1 / 0.3
 
 
-def _usual_length(words: Words, output: torch.Tensor, head: int) -> float:
+def _usual_length(words: Words, head: int) -> float:
     """Return how long a mean of a head's outputs is: about that of ten words drawn at random."""
     weights = words.logits[:, head].softmax(0)
     chosen = torch.multinomial(torch.ones(len(weights)), 10_000, replacement=True)
     shares = weights[chosen].view(1000, 10, 1)
-    outputs = (words.states[chosen] @ output.T).view(1000, 10, -1)
+    outputs = (words.states[chosen] @ words.within_heads[head].T).view(1000, 10, -1)
     means = (shares * outputs).sum(1) / shares.sum(1)
     return float(means.norm(dim=1).mean())
 

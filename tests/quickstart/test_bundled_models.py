@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from qbatch.evaluation.metrics import Judgements
 from qbatch.evaluation.reading import read_qrels
 from qbatch.models.rerank_tokens import CandidateGroup
 from qbatch.models.reranker import RerankerConfig
@@ -20,17 +21,19 @@ def documents() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def answers() -> dict[str, set[str]]:
     """Return the judged documents of each question."""
-    qrels = read_qrels(str(bundled.CORPUS.with_name("qrels.tsv")), "test").to_pylist()
-    found: dict[str, set[str]] = {}
-    for row in qrels:
-        found.setdefault(row["query_id"], set()).add(row["doc_id"])
-    return found
+    qrels = read_qrels(str(bundled.CORPUS.with_name("qrels.tsv")), "test")
+    return {query: set(judged) for query, judged in Judgements.from_table(qrels).by_query.items()}
 
 
 def test_both_together_take_at_most_40_megabytes():
     files = [path for path in MODELS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 40e6
     assert not [path for path in files if path.name in {"report.json", "complete.json"}]
+
+
+def test_only_the_embedder_claims_shorter_widths():
+    claimed = [(MODELS / k / "config.json").read_text("utf-8") for k in ("embedder", "reranker")]
+    assert ["matryoshka_dimensions" in text for text in claimed] == [True, False]
 
 
 def test_most_questions_find_an_answer_among_the_first_three(documents, answers):
