@@ -1,5 +1,6 @@
-"""Stages that say when and in which thread they ran; workers import them."""
+"""Stages that say when, in which thread and how set up they ran; workers import them."""
 
+import os
 import threading
 import time
 
@@ -21,6 +22,7 @@ class Passing:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         batch = batch.append_column("same_thread", [[threading.get_ident() == self._made_in]])
+        batch = batch.append_column("mmap_max", [[os.environ.get("MALLOC_MMAP_MAX_")]])
         return batch.append_column("vectors", [[np.zeros(2**20, np.float32).tobytes()]])
 
 

@@ -22,8 +22,8 @@ from qbatch.models.packing import common_prefix, distinct_texts, gather_tokens, 
 from qbatch.schema import ComputeDtype, Weights
 
 _GPU_TOKEN_BUDGET = 32_768
-_CPU_TOKEN_BUDGET = {torch.float32: 1_024, torch.bfloat16: 2_048, torch.float16: 2_048}
-"""Activations of a pack should stay in the last-level cache."""
+_CPU_TOKEN_BUDGET = 4_096
+"""Products of fewer rows are slower: of 1,024 by 4 % in the 0.6B shape (a Xeon with AVX-512)."""
 
 _MIN_SHARED_TOKENS = 8
 """A shorter beginning saves less than the attention across segments costs."""
@@ -42,8 +42,7 @@ class EmbedderConfig:
     dim: int | None = None
     """Leading components kept (Matryoshka) before normalising; None means all."""
     token_budget: int | None = None
-    """Tokens in one forward pass; None means 32,768 on a GPU, 2,048 on a CPU and there 1,024 in
-    float32."""
+    """Tokens in one forward pass; None means 32,768 on a GPU and 4,096 on a CPU."""
     device: str | None = None
     """A torch device; None means the GPU if there is one."""
     num_threads: int | None = None
@@ -83,7 +82,7 @@ class EmbedderConfig:
             backbone,
             spec,
             dim=dim,
-            token_budget=self.token_budget or default_token_budget(device, dtype),
+            token_budget=self.token_budget or default_token_budget(device),
             num_threads=self.num_threads,
         )
 
@@ -229,9 +228,9 @@ class _SortedTexts:
         )
 
 
-def default_token_budget(device: torch.device, dtype: torch.dtype) -> int:
+def default_token_budget(device: torch.device) -> int:
     """Return the tokens of one forward pass where nothing else is asked for."""
-    return _GPU_TOKEN_BUDGET if device.type == "cuda" else _CPU_TOKEN_BUDGET[dtype]
+    return _GPU_TOKEN_BUDGET if device.type == "cuda" else _CPU_TOKEN_BUDGET
 
 
 def _check_tokens(ids: np.ndarray, lengths: np.ndarray, spec: ModelSpec) -> None:

@@ -36,8 +36,7 @@ class RerankerConfig:
     max_tokens: int | None = None
     """Longest pair, prompt included; None means the model's limit, at most 8,192."""
     token_budget: int | None = None
-    """Tokens in one forward pass; None means 32,768 on a GPU, 2,048 on a CPU and there 1,024 in
-    float32."""
+    """Tokens in one forward pass; None means 32,768 on a GPU and 4,096 on a CPU."""
     device: str | None = None
     """A torch device; None means the GPU if there is one."""
     num_threads: int | None = None
@@ -81,8 +80,7 @@ class Reranker:
         self.stats = RerankStats()
         self._scorer = scorer
         self._config = config
-        dtype = getattr(torch, resolve_dtype(config.dtype, scorer.device))
-        self._token_budget = config.token_budget or default_token_budget(scorer.device, dtype)
+        self._token_budget = config.token_budget or default_token_budget(scorer.device)
 
     @property
     def token_budget(self) -> int:

@@ -26,6 +26,20 @@ _CPUS_PER_CPU_ACTOR = 8
 MAX_RETRIES = 5
 """How often work is tried again whose process died; without a bound Ray retries for ever."""
 
+KEEP_FREED_MEMORY = {
+    "env_vars": {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**62),
+    }
+}
+"""Ray's ``runtime_env`` of processes that compute: glibc keeps what they free for the next pass.
+
+A pass on a CPU allocates its activations and frees them. By default glibc gives large ones back to
+the kernel, which hands them out again page by page, full of zeros: a tenth of the time in the 0.6B
+shape, four tenths of a small model's training step. The process then stays as large as its largest
+pass. Variables, since mallopt does not reach the arena of a thread that computes.
+"""
 
 _RAISED = re.compile(r"^qbatch\.errors\.(\w+): (.+)$", re.MULTILINE)
 

@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from qbatch.errors import QbatchError
 from qbatch.manifest import fingerprint_id
-from qbatch.pipelines.cluster import cluster_resources, ray_session
+from qbatch.pipelines.cluster import KEEP_FREED_MEMORY, cluster_resources, ray_session
 from qbatch.pipelines.compute_dtype import compute_dtype
 from qbatch.pipelines.training_config import TrainingConfig, training_fingerprint
 from qbatch.pipelines.training_estimate import estimate_training
@@ -112,6 +112,7 @@ def _run_workers(
             run_config=RunConfig(
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=config.max_failures),
+                worker_runtime_env=KEEP_FREED_MEMORY,  # type: ignore[call-arg]  # of Train V2
             ),
         )
         try:

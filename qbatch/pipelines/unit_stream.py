@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext
 
-from qbatch.pipelines.cluster import PoolPlan, cluster_resources
+from qbatch.pipelines.cluster import KEEP_FREED_MEMORY, PoolPlan, cluster_resources
 from qbatch.pipelines.compute_thread import ComputeThread
 from qbatch.pipelines.deaths import Guard, start_record
 from qbatch.pipelines.embed_resume import Plan
@@ -118,6 +118,7 @@ def _run(
             num_cpus=pool.cpus_per_actor,
             max_restarts=-1,
             max_task_retries=-1,
+            runtime_env=KEEP_FREED_MEMORY,
             **unit_at_a_time,
         )
     dataset = dataset.map_batches(

@@ -34,7 +34,6 @@ from qbatch.training.checkpoints import (
     training_state,
     write_resume_point,
 )
-from qbatch.training.memory import keep_freed_memory
 from qbatch.training.model_files import starting_model
 from qbatch.training.networks import without_adapters, wrap
 from qbatch.training.objective import Objective
@@ -126,8 +125,6 @@ def train(task: TrainTask, settings: Settings) -> None:
     if task.compute.num_threads is not None:
         torch.set_num_threads(task.compute.num_threads)
     world, device = World.current(), resolve_device()
-    if device.type == "cpu":
-        keep_freed_memory()
     stages = plan_stages(task.stages, world.size)
     with tempfile.TemporaryDirectory() as scratch:
         path = starting_model(task.start, settings.kind, Path(scratch))

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from qbatch.pipelines.cluster import plan_pool, ray_session
+from qbatch.pipelines.cluster import KEEP_FREED_MEMORY, plan_pool, ray_session
 from qbatch.pipelines.unit_stream import Stages, run_stages
 from tests.timed_stages import Passing, read, write
 
@@ -32,3 +32,7 @@ def test_units_are_written_while_others_are_read(told):
 def test_an_actor_computes_in_the_thread_that_made_it(told):
     """Each thread that computes has a team of OpenMP, and teams together are slow."""
     assert all(row["same_thread"] for row in told)
+
+
+def test_an_actor_keeps_the_memory_that_it_frees(told):
+    assert {row["mmap_max"] for row in told} == {KEEP_FREED_MEMORY["env_vars"]["MALLOC_MMAP_MAX_"]}
