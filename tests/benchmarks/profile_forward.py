@@ -43,7 +43,7 @@ KINDS = (
     ("GELU", "activation"),
     ("Attention", "rotary, heads and layout"),
     ("MLP", "gate product"),
-    ("Layer", "residual sums"),
+    ("Layer", "residual sums; in decoders norms and rotary too"),
 )
 """By the end of a module's class name, in this order; what fits none is its caller's."""
 
