@@ -44,7 +44,8 @@ class EvaluateConfig:
     model: str | None = None
     """Embedder to measure on --datasets, instead of --run and --qrels: directory or hub id."""
     datasets: StrList = ()
-    """Folders in the layout of BEIR, small enough for exact search in this process."""
+    """Folders in the layout of BEIR or MTEB's retrieval tasks by name (mteb:scifact), small enough
+    for exact search in this process."""
     revision: str | None = None
     """Commit of a hub id."""
     dim: int | None = None
@@ -58,7 +59,7 @@ class EvaluateConfig:
     instruction: str | None = None
     """Task sentence of sets that --instructions does not name; None is the model's own."""
     instructions: str | None = None
-    """JSON file with the task sentence of each set by its folder's name."""
+    """JSON file with the task sentence of each set by its name, or its folder's."""
     dtype: Literal["auto"] | ComputeDtype = "auto"
     """Compute dtype; auto is bfloat16 where the processor has it, else float32."""
     weights: Weights = "float"

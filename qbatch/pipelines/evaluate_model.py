@@ -1,7 +1,8 @@
 """Measuring an embedder, and a reranker on what it finds, on small evaluation sets.
 
-Each set is a folder in the layout of BEIR. Search is exact and in this process, so that figures
-depend on the models alone; for large corpora embed, index, search and evaluate the run.
+Each set is a folder in the layout of BEIR, the user's own or one of MTEB's. Search is exact and in
+this process, so that figures depend on the models alone; for large corpora embed, index, search and
+evaluate the run.
 """
 
 import json
@@ -29,6 +30,7 @@ from qbatch.models.rerank_tokens import CandidateGroup
 from qbatch.models.reranker import Reranker, RerankerConfig
 from qbatch.models.tokenization import TextTokenizer
 from qbatch.pipelines.evaluation_queries import queries_of
+from qbatch.pipelines.evaluation_sets import EvaluationSet, resolve_set
 from qbatch.pipelines.rerank_sources import full_texts
 from qbatch.schema import ComputeDtype, Weights
 from qbatch.storage import read_object
@@ -95,7 +97,8 @@ def measure_models(under_test: ModelsUnderTest, metrics: Sequence[Metric]) -> di
         ConfigError: A model cannot be loaded, or takes no instruction although one is given.
         NoInputError: A set is not there.
     """
-    names = [task_name(uri) for uri in under_test.datasets]
+    sets = [resolve_set(given) for given in under_test.datasets]
+    names = [found.name for found in sets]
     if len(set(names)) < len(names):
         raise ConfigError(f"--datasets name a set twice: {names}; give folders of different names")
     unknown = sorted(set(under_test.instructions) - set(names))
@@ -107,8 +110,7 @@ def measure_models(under_test: ModelsUnderTest, metrics: Sequence[Metric]) -> di
         path = resolve_model(under_test.reranker, under_test.reranker_revision)
         reranker = RerankerConfig(model_path=path, dtype=under_test.dtype).build()
     tasks = {
-        name: _measure_task(uri, name, under_test, (model, reranker), metrics)
-        for name, uri in zip(names, under_test.datasets, strict=True)
+        found.name: _measure_task(found, under_test, (model, reranker), metrics) for found in sets
     }
     return {"model": under_test.model, "reranker": under_test.reranker, "tasks": tasks} | {
         f"mean_{stage}": _mean([task[stage]["metrics"] for task in tasks.values()])
@@ -121,31 +123,26 @@ def _mean(tasks: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([task[name] for task in tasks])) for name in tasks[0]}
 
 
-def task_name(uri: str) -> str:
-    """Return what a set is called: the last part of its path."""
-    return uri.rstrip("/").rpartition("/")[2]
-
-
 def _measure_task(
-    uri: str,
-    name: str,
+    task: EvaluationSet,
     under_test: ModelsUnderTest,
     models: tuple["_EmbeddingModel", Reranker | None],
     metrics: Sequence[Metric],
 ) -> dict[str, Any]:
     started = time.perf_counter()
     model, reranker = models
-    judgements = Judgements.from_table(read_qrels(uri, under_test.split))
-    documents = read_texts(uri)
-    queries = _judged(read_texts(queries_of(uri)), judgements, uri)
-    instruction = under_test.instructions.get(name, under_test.instruction)
+    judgements = Judgements.from_table(read_qrels(task.uri, under_test.split))
+    documents = read_texts(task.uri)
+    queries = _judged(read_texts(queries_of(task.uri)), judgements, task.uri)
+    instruction = under_test.instructions.get(task.name, under_test.instruction)
     prompts = model.prompts(instruction)
     found = search_exactly(
         model.embed(queries.texts, prompts["query"]),
         model.embed(documents.texts, prompts["document"]),
         (queries.ids, documents.ids),
     )
-    result = {
+    result: dict[str, Any] = {
+        "revision": task.revision,
         "queries": len(judgements.by_query),
         "documents": len(documents.ids),
         "prompts": prompts,
@@ -157,7 +154,7 @@ def _measure_task(
             reranker, found, (queries, documents), depth=under_test.rerank_depth, instruction=own
         )
         result["reranking"] = _figures(again, judgements, metrics) | {"instruction": own}
-    log.info("%s: %d queries, %.1f s", name, result["queries"], time.perf_counter() - started)
+    log.info("%s: %d queries, %.1f s", task.name, result["queries"], time.perf_counter() - started)
     return result
 
 

@@ -40,6 +40,7 @@ from qbatch.models.embedder import EmbedderConfig
 from qbatch.models.tokenization import TextTokenizer
 from qbatch.quickstart import assets
 from tests.benchmarks.table import Row
+from tests.processes import ROOT
 from tests.tiny_models import write_modules
 
 MAX_TOKENS = {"documents": 512, "long documents": 8192}
@@ -49,7 +50,9 @@ CASES = [
     ("qwen3", "float32"),
     ("minilm", "float32"),
     ("minilm", "bfloat16"),
+    ("bundled", "float32"),
 ]
+BUNDLED = ROOT / "qbatch" / "quickstart" / "models" / "embedder"
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -62,7 +65,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     print(machine)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        models = {"qwen3": Path(folder), "minilm": require("minilm")}
+        models = {"qwen3": Path(folder), "minilm": require("minilm"), "bundled": BUNDLED}
         if "qwen3" in options.models:
             make_qwen3(models["qwen3"], options.layers)
         print(HEADER)
@@ -76,7 +79,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
 
 
 WHOLE_LAYERS = 28
-NAMES = {"qwen3": "0.6B shape", "minilm": "MiniLM"}
+NAMES = {"qwen3": "0.6B shape", "minilm": "MiniLM", "bundled": "the bundled model"}
 GOALS = {("qwen3", "bfloat16"): 2.5, ("qwen3", "float32"): 2.2}
 
 

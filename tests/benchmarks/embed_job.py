@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qbatch.pipelines.cluster import KEEP_FREED_MEMORY
+
 ROOT = Path(__file__).parents[2]
 NUM_FILES = 8
 
@@ -29,5 +31,6 @@ def job_command(corpus: Path, model: Path, dtype: str, *flags: str) -> list[str]
 
 
 def job_environment(**variables: str) -> dict[str, str]:
-    """Return the environment of a job that starts a Ray of its own."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local", **variables}
+    """Return the environment of a job, or of a script beside it, that starts a Ray of its own."""
+    own = {k: v for k, v in os.environ.items() if k not in KEEP_FREED_MEMORY["env_vars"]}
+    return {**own, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local", **variables}
