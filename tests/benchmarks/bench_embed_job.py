@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.bench_embed_job --num-texts 6000 --pairs 3 --json job.json
 
-Both sides use MiniLM, one process with the same number of threads, and the same tokens. The engine
-gets them ready in memory. The job reads JSONL files and writes the published table on a disk; its
-speed is given while its actor was there (forward and idle seconds), and over the whole process from
-start to exit.
+Both sides use MiniLM, one process with the same number of threads, and the same tokens: texts that
+the model takes whole, which the job does not split. The engine gets them ready in memory. The job
+reads JSONL files and writes the published table on a disk; its speed is given while its actor was
+there (forward and idle seconds), and over the whole process from start to exit.
 """
 
 import argparse
@@ -21,7 +21,8 @@ import torch
 
 from qbatch.models.embedder import EmbedderConfig
 from qbatch.models.tokenization import TextTokenizer
-from tests.benchmarks.bench_embed_engine import describe_machine, read_texts, require
+from tests.benchmarks.bench_embed_engine import describe_machine, require
+from tests.benchmarks.bench_embed_peers import read_fitting_texts
 from tests.benchmarks.embed_job import job_command, job_environment, write_corpus
 from tests.benchmarks.table import Row
 
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     options = parse_options(arguments)
     torch.set_num_threads(options.threads)
     model = require("minilm")
-    texts = read_texts(None, options.num_texts)
+    texts = read_fitting_texts(model, options.num_texts)
     machine = describe_machine(options.threads, len(texts))
     print(machine)
     print(
