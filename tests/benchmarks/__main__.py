@@ -54,13 +54,13 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
         ["--num-queries", "1", "--num-short", "200", "--dtypes", *DTYPES]
     ),
     "peers": lambda: bench_embed_peers.main(["--num-texts", "6000", "--turns", "2"]),
-    "job": lambda: bench_embed_job.main(["--num-texts", "3000", "--pairs", "2"]),
+    "job": lambda: bench_embed_job.main(["--num-texts", "20000", "--pairs", "1"]),
     "read": lambda: bench_vectors_read.main([]),
     "index": lambda: bench_index.main(
         ["--rows", "200000", "--queries", "5000", "--factory", "IVF2048,SQ8", "--shards", "4"]
     ),
 }
-"""Sizes that fit into forty minutes on two cores; README also has a million vectors."""
+"""Sizes that fit into an hour on two cores; README also has a million vectors."""
 
 
 def main() -> None:
