@@ -93,7 +93,7 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(handler: type[JsonHandler], state: object) -> Iterator[str]:
+def serving(handler: type[BaseHTTPRequestHandler], state: object) -> Iterator[str]:
     """Run a server in a thread; yield its endpoint."""
     server = _Server(("127.0.0.1", 0), handler)
     server.state = state

@@ -166,11 +166,8 @@ class Backbone:
     @torch.inference_mode()
     def _cosine_to_packed(self) -> float:
         """Return the worst agreement of a few texts; the model is left in packed attention."""
-        lengths = _CHECK_LENGTHS
-        layout = PackLayout.from_lengths(lengths, self.device)
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
-        ids = self._ordinary_tokens(len(positions))
-        padded = self._padded_states(ids, lengths)
+        ids, positions, layout = self._check_pack()
+        padded = self._padded_states(ids, _CHECK_LENGTHS)
         self._model.set_attn_implementation(PACKED_ATTENTION)
         packed = self._packed_states(ids, positions, layout)
         return float(cosine_similarity(packed.float(), padded.float()).min())
@@ -185,9 +182,7 @@ class Backbone:
         layers = getattr(self._model, "layers", None)
         if not layers:
             return False
-        layout = PackLayout.from_lengths(_CHECK_LENGTHS, self.device)
-        positions = torch.cat([torch.arange(n) for n in _CHECK_LENGTHS]).to(self.device)
-        ids = self._ordinary_tokens(len(positions))
+        ids, positions, layout = self._check_pack()
         expected = self._packed_states(ids, positions, layout)
         restore = streamline(layers)
         try:
@@ -216,6 +211,12 @@ class Backbone:
             return False
         cosine = float(cosine_similarity(states.float(), expected[twice].float()).min())
         return bool(cosine >= _MIN_COSINE[self._model.dtype])
+
+    def _check_pack(self) -> tuple[torch.Tensor, torch.Tensor, PackLayout]:
+        """Return ids, positions and layout of a few whole texts."""
+        layout = PackLayout.from_lengths(_CHECK_LENGTHS, self.device)
+        positions = torch.cat([torch.arange(n) for n in _CHECK_LENGTHS]).to(self.device)
+        return self._ordinary_tokens(len(positions)), positions, layout
 
     def _ordinary_tokens(self, count: int) -> torch.Tensor:
         """Return ids from the middle of the vocabulary; padding and its like lie at the ends."""

@@ -17,6 +17,9 @@ PINNED_REVISIONS = {
 }
 """The revisions mteb measured; used when the user names none."""
 
+HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError)
+"""What a download raises when the hub does not deliver."""
+
 _PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
 
@@ -44,7 +47,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 def _download(model: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as e:
+    except HUB_ERRORS as e:
         raise ConfigError(
             f"The model hub did not deliver {model!r} at revision {revision!r}: {e}. Check the "
             "name, the revision and HF_TOKEN, or give a local directory."

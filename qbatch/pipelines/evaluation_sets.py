@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from qbatch.errors import ConfigError
+from qbatch.models.hub import HUB_ERRORS
 
 _MTEB = "mteb:"
 _BEIR_FILES = ["corpus.jsonl*", "queries.jsonl*", "qrels/*"]
@@ -43,7 +43,7 @@ def resolve_set(given: str) -> EvaluationSet:
             revision=commit or None,
             allow_patterns=_BEIR_FILES,
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except HUB_ERRORS as error:
         raise ConfigError(
             f"the hub did not deliver {given!r} of --datasets: {error}. Check the name (that of "
             "https://huggingface.co/mteb, such as mteb:scifact) and HF_TOKEN, or give a folder"

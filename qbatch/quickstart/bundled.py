@@ -1,4 +1,4 @@
-"""Where the bundled texts lie, and how they and the assets are read."""
+"""Where the bundled texts and models lie, and how they and the assets are read."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 CORPUS = Path(__file__).with_name("corpus.jsonl")
 QUERIES = Path(__file__).with_name("queries.jsonl")
+MODELS = Path(__file__).with_name("models")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

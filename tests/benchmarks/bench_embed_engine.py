@@ -38,9 +38,8 @@ from transformers import AutoModel, Qwen3Config, Qwen3Model
 
 from qbatch.models.embedder import EmbedderConfig
 from qbatch.models.tokenization import TextTokenizer
-from qbatch.quickstart import assets
+from qbatch.quickstart import assets, bundled
 from tests.benchmarks.table import Row
-from tests.processes import ROOT
 from tests.tiny_models import write_modules
 
 MAX_TOKENS = {"documents": 512, "long documents": 8192}
@@ -52,7 +51,6 @@ CASES = [
     ("minilm", "bfloat16"),
     ("bundled", "float32"),
 ]
-BUNDLED = ROOT / "qbatch" / "quickstart" / "models" / "embedder"
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -65,7 +63,11 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     print(machine)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        models = {"qwen3": Path(folder), "minilm": require("minilm"), "bundled": BUNDLED}
+        models = {
+            "qwen3": Path(folder),
+            "minilm": require("minilm"),
+            "bundled": bundled.MODELS / "embedder",
+        }
         if "qwen3" in options.models:
             make_qwen3(models["qwen3"], options.layers)
         print(HEADER)

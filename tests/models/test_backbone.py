@@ -65,6 +65,9 @@ def test_pooling_needs_of_the_last_layer_one_token_a_text(config_type, dtype):
     assert keys == [LENGTHS.sum(), LENGTHS.sum()]
     tolerance = 2e-6 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(states, stock, atol=tolerance, rtol=tolerance)
+    whole = states[layout.last_tokens].float()
+    close = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(pooled, whole, atol=close, rtol=close)
     expected = stock[layout.last_tokens].float()
     torch.testing.assert_close(pooled, expected, atol=tolerance, rtol=tolerance)
 

@@ -5,18 +5,17 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from qbatch.pipelines.evaluation_sets import EvaluationSet, resolve_set
+from qbatch.quickstart import bundled
+from tests.http_servers import serving
 from tests.processes import ROOT
 
-EMBEDDER = ROOT / "qbatch" / "quickstart" / "models" / "embedder"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
     "corpus.jsonl": b'{"_id": "d0", "title": "", "text": "a debugger for memory"}\n'
@@ -39,15 +38,11 @@ def digest(body: bytes) -> str:
 class Hub(BaseHTTPRequestHandler):
     """The requests that a download makes: the commit, the files there are, and each of them."""
 
-    def __init__(self, asked: list[str], *args: object) -> None:
-        self._asked = asked
-        super().__init__(*args)
-
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
-        self._asked.append(self.path)
+        self.server.state.append(self.path)
         for name, files in REPOSITORIES.items():
             about = f"/api/datasets/{name}"
             if self.path.startswith(f"{about}/revision/"):
@@ -80,18 +75,17 @@ class Hub(BaseHTTPRequestHandler):
 def hub() -> Iterator[tuple[str, list[str]]]:
     """Yield the address of a running hub, and the paths that were asked for."""
     asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, asked))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hub, asked) as endpoint:
+        yield endpoint.removesuffix("/v1"), asked
 
 
 def evaluate(datasets: str, endpoint: str, cache: Path) -> subprocess.CompletedProcess[str]:
     variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
-    flags = [f"--model={EMBEDDER}", f"--datasets={datasets}", "--metrics=ndcg@10"]
+    flags = [
+        f"--model={bundled.MODELS / 'embedder'}",
+        f"--datasets={datasets}",
+        "--metrics=ndcg@10",
+    ]
     return subprocess.run(
         [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *flags],
         env={**os.environ, **variables, "PYTHONPATH": str(ROOT)},

@@ -10,8 +10,6 @@ from qbatch.models.rerank_tokens import CandidateGroup
 from qbatch.models.reranker import RerankerConfig
 from qbatch.quickstart import bundled
 
-MODELS = bundled.CORPUS.with_name("models")
-
 
 @pytest.fixture(scope="module")
 def documents() -> dict[str, str]:
@@ -26,19 +24,21 @@ def answers() -> dict[str, set[str]]:
 
 
 def test_both_together_take_at_most_40_megabytes():
-    files = [path for path in MODELS.rglob("*") if path.is_file()]
+    files = [path for path in bundled.MODELS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 40e6
     assert not [path for path in files if path.name in {"report.json", "complete.json"}]
 
 
 def test_only_the_embedder_claims_shorter_widths():
-    claimed = [(MODELS / k / "config.json").read_text("utf-8") for k in ("embedder", "reranker")]
+    claimed = [
+        (bundled.MODELS / k / "config.json").read_text("utf-8") for k in ("embedder", "reranker")
+    ]
     assert ["matryoshka_dimensions" in text for text in claimed] == [True, False]
 
 
 def test_most_questions_find_an_answer_among_the_first_three(documents, answers):
     """By sentence-transformers, so the files mean to others what they mean to us."""
-    model = SentenceTransformer(str(MODELS / "embedder"), device="cpu")
+    model = SentenceTransformer(str(bundled.MODELS / "embedder"), device="cpu")
     names = list(documents)
     queries = bundled.read_jsonl(bundled.QUERIES)
     vectors = model.encode(list(documents.values()), normalize_embeddings=True)
@@ -53,7 +53,7 @@ def test_most_questions_find_an_answer_among_the_first_three(documents, answers)
 
 
 def test_the_reranker_tells_answers_from_documents_at_random(documents, answers):
-    reranker = RerankerConfig(model_path=MODELS / "reranker").build()
+    reranker = RerankerConfig(model_path=bundled.MODELS / "reranker").build()
     names = list(documents)
     right = 0
     for number, query in enumerate(bundled.read_jsonl(bundled.QUERIES)):
