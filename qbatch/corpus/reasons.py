@@ -37,6 +37,8 @@ EVALUATION_LEAK = "evaluation_leak"
 """The query of a training pair is, or nearly is, one of an evaluation set."""
 LOW_COSINE = "low_cosine"
 """Query and document of a training pair are less similar than was asked for."""
+LOW_RANK = "low_rank"
+"""The query of a training pair finds too many other documents before its own."""
 EXACT_DUPLICATE = "exact_duplicate"
 NEAR_DUPLICATE = "near_duplicate"
 """An earlier training pair says the same, or nearly the same."""
@@ -54,7 +56,7 @@ FILE_REASONS = frozenset(
 """Reasons that concern an object as a whole; their rejects have no row and count no row."""
 
 DROPPED_REASONS = frozenset(
-    {EMPTY_TEXT, EVALUATION_LEAK, LOW_COSINE, EXACT_DUPLICATE, NEAR_DUPLICATE}
+    {EMPTY_TEXT, EVALUATION_LEAK, LOW_COSINE, LOW_RANK, EXACT_DUPLICATE, NEAR_DUPLICATE}
 )
 """Reasons that follow a rule and are not faults: such rows never fail a job."""
 

@@ -107,6 +107,9 @@ class MineNegativesConfig(UnitJobConfig):
     --max-ratio None for no such rule."""
     margin: float | None = None
     """A negative scores below the positive's score minus this (TopK-MarginPos)."""
+    max_positive_rank: int | None = None
+    """A pair is dropped unless its positive is among this many best of the index (round-trip
+    consistency, as in Promptagator); None keeps all."""
     sampling: Sampling = "random"
     """Which of the eligible: a seeded random choice, or those with the best ranks."""
     seed: int = 0
@@ -158,6 +161,7 @@ class MineNegativesConfig(UnitJobConfig):
             last_rank=self.last_rank,
             max_ratio=self.max_ratio,
             margin=self.margin,
+            max_positive_rank=self.max_positive_rank,
             num_negatives=self.num_negatives,
             sampling=self.sampling,
             seed=self.seed,

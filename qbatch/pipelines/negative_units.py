@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from qbatch.corpus.reasons import NON_FINITE_VECTOR
+from qbatch.corpus.reasons import LOW_RANK, NON_FINITE_VECTOR
 from qbatch.corpus.spans import Unit
 from qbatch.manifest import fingerprint_id
 from qbatch.models.hub import resolve_model
@@ -140,28 +140,35 @@ def _own_pairs(unit: MiningUnit, task: MiningTask) -> PairRows:
 def choose_candidates(
     unit: MiningUnit, unit_key: str, task: MiningTask, positive_ids: Positives
 ) -> str:
-    """Store the candidates of a unit as a partial result, best first; return its key."""
+    """Store the candidates of a unit as a partial result, best first; return its key.
+
+    With them go the ranks of the positives, and how many documents fell to each rule.
+    """
     candidates, dropped = _CANDIDATES.empty_table(), Counter[str]()
+    positive_ranks = np.empty(0, np.int64)
     if unit.vectors is not None and unit.run is not None:
         facts = _read_listed(task.vectors_uri, unit.vectors, FACTS)
         facts = facts.slice(unit.start, unit.stop - unit.start)
         found = _read_listed(task.run_uri, unit.run, ["query_id", "doc_id", "rank", "score"])
         pairs = pc.subtract(found["query_id"].cast(pa.int32()), pa.scalar(unit.start, pa.int32()))
         found = found.set_column(0, "pair", pairs)
-        candidates, dropped = _eligible(found.cast(_CANDIDATES), facts, task.rules, positive_ids)
-    dropped_json = json.dumps(dropped)
-    write_partial(
-        Storage(task.output),
-        unit_key,
-        candidates.replace_schema_metadata({"dropped": dropped_json}),
-    )
+        candidates, positive_ranks, dropped = _eligible(
+            found.cast(_CANDIDATES), facts, task.rules, positive_ids
+        )
+    told = {"dropped": dropped, "positive_ranks": positive_ranks.tolist()}
+    metadata = {name: json.dumps(value) for name, value in told.items()}
+    write_partial(Storage(task.output), unit_key, candidates.replace_schema_metadata(metadata))
     return unit_key
 
 
 def _eligible(
     found: pa.Table, facts: pa.Table, rules: NegativeRules, positive_ids: Positives
-) -> tuple[pa.Table, Counter[str]]:
-    """Return _CANDIDATES that keep the rules, and how many fell to each."""
+) -> tuple[pa.Table, np.ndarray, Counter[str]]:
+    """Return _CANDIDATES that keep the rules, the rank of each positive, and how many fell to each.
+
+    A positive's rank counts what was found with a higher score, without other positives of its
+    query.
+    """
     pairs, ranks = found["pair"].to_numpy(), found["rank"].to_numpy()
     scores = found["score"].to_numpy()
     queries = facts["query_key"].to_numpy()[pairs]
@@ -171,7 +178,10 @@ def _eligible(
     positive = facts["positive_score"].to_numpy().copy()
     own = ids == facts["id_key"].to_numpy()[pairs]
     np.maximum.at(positive, pairs[own], scores[own])
+    is_above = ~is_positive & (scores > positive[pairs])
+    positive_ranks = 1 + np.bincount(pairs[is_above], minlength=len(facts))
     tests = {
+        "pair": rules.finds_positive(positive_ranks)[pairs],
         "rank": rules.in_window(ranks),
         "positive": ~is_positive,
         "margin": rules.below_positive(scores, positive[pairs]),
@@ -190,7 +200,7 @@ def _eligible(
         order = rules.look_order(ranks[own_rows], int(names[pair]))
         kept.append(own_rows[order[: _SPARE * rules.num_negatives]])
         dropped["not_needed"] += max(0, len(own_rows) - _SPARE * rules.num_negatives)
-    return found.take(pa.array(np.concatenate(kept))), dropped
+    return found.take(pa.array(np.concatenate(kept))), positive_ranks, dropped
 
 
 def wanted_documents(storage: Storage, path: str) -> np.ndarray:
@@ -210,7 +220,9 @@ def read_unit_texts(batch: pa.Table, *, task: MiningTask, files: TextFiles) -> p
     rows = _own_pairs(unit, task)
     storage = Storage(task.output)
     candidates = read_partial(storage, files.choices[unit_key])
-    dropped = Counter(json.loads((candidates.schema.metadata or {})[b"dropped"]))
+    metadata = candidates.schema.metadata or {}
+    dropped = Counter(json.loads(metadata[b"dropped"]))
+    positive_ranks = pa.array(json.loads(metadata[b"positive_ranks"]), pa.int32())
     texts = _read_texts(storage, files, files.parts[unit_key])
     places = pc.index_in(candidates["doc_id"], texts["id"].combine_chunks())
     dropped["missing_document"] += places.null_count
@@ -228,7 +240,9 @@ def read_unit_texts(batch: pa.Table, *, task: MiningTask, files: TextFiles) -> p
     return unit_row(
         unit_key,
         stats,
-        pairs=rows.pairs.append_column("positive_score", pa.array(scores)),
+        pairs=rows.pairs.append_column("positive_score", pa.array(scores)).append_column(
+            "positive_rank", positive_ranks
+        ),
         rejects=rows.rejects,
         candidates=candidates.append_column("judged", pa.nulls(len(candidates), pa.float32())),
     )
@@ -310,12 +324,8 @@ def write_mined(batch: pa.Table, *, task: MiningTask, positive_texts: object) ->
     dropped = Counter(stats["dropped"])
     positives = ray.get(cast("ray.ObjectRef[Positives]", positive_texts))
     chosen = _choose(pairs, candidates, task, positives, dropped)
-    is_lost = ~np.isfinite(pairs["positive_score"].to_numpy())
-    lost = pairs.filter(pa.array(is_lost))
-    detail = "the model gave NaN or infinity for its query or document"
-    rejects = pa.concat_tables(
-        [rejects, reject_pairs(lost, [NON_FINITE_VECTOR] * len(lost), [detail] * len(lost))]
-    )
+    is_lost, lost = _reject_lost(pairs, task.rules)
+    rejects = pa.concat_tables([rejects, lost])
     table = _with_negatives(pairs, candidates, chosen).filter(pa.array(~is_lost))
     storage = Storage(task.output)
     mined = [len(rows) for rows, is_bad in zip(chosen, is_lost, strict=True) if not is_bad]
@@ -332,6 +342,24 @@ def write_mined(batch: pa.Table, *, task: MiningTask, positive_texts: object) ->
     }
     output = write_unit_file(storage, record, table)
     return pa.table({"output": [json.dumps(output)], "stats": [json.dumps(stats)]})
+
+
+def _reject_lost(pairs: pa.Table, rules: NegativeRules) -> tuple[np.ndarray, pa.Table]:
+    """Return which pairs do not stay, and schema.REJECTS of those."""
+    ranks = pairs["positive_rank"].to_numpy()
+    is_finite = np.isfinite(pairs["positive_score"].to_numpy())
+    is_lost = ~is_finite | ~rules.finds_positive(ranks)
+    places = np.flatnonzero(is_lost)
+    reasons = [LOW_RANK if is_finite[place] else NON_FINITE_VECTOR for place in places]
+    details = {
+        LOW_RANK: "at least {} documents score above its own, --max-positive-rank={} is asked for",
+        NON_FINITE_VECTOR: "the model gave NaN or infinity for its query or document",
+    }
+    told = [
+        details[reason].format(ranks[place] - 1, rules.max_positive_rank)
+        for place, reason in zip(places, reasons, strict=True)
+    ]
+    return is_lost, reject_pairs(pairs.take(pa.array(places)), reasons, told)
 
 
 def _choose(
@@ -382,6 +410,7 @@ def _with_negatives(
         place = pairs.schema.get_field_index(name)
         field = TRAINING_PAIRS.field(name)
         pairs = pairs.set_column(place, field, pa.array(values, field.type))
-    pairs = pairs.drop_columns([*(field.name for field in PAIRS_IDENTITY), "positive_score"])
+    travelling = [*(field.name for field in PAIRS_IDENTITY), "positive_score", "positive_rank"]
+    pairs = pairs.drop_columns(travelling)
     further = list(pairs.schema)[len(TRAINING_PAIRS) :]
     return pairs.cast(pa.schema([*TRAINING_PAIRS, *further]))

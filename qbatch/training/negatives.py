@@ -20,14 +20,17 @@ class NegativeRules:
 
         first_rank <= r <= last_rank   and   s < max_ratio * p   and   s < p - margin
 
-    max_ratio is the paper's TopK-PercPos (0.95 was its best), margin its TopK-MarginPos (0.05).
+    max_ratio is the paper's TopK-PercPos (0.95 was its best), margin its TopK-MarginPos (0.05). A
+    pair stays if its positive is among the best max_positive_rank: the round-trip consistency of
+    Promptagator (Dai et al., arXiv 2209.11755), which drops queries that could mean anything.
     """
 
     first_rank: int
     last_rank: int
     max_ratio: float | None
-    """None: not asked for; likewise the margin."""
+    """None: not asked for; likewise the next two."""
     margin: float | None
+    max_positive_rank: int | None
     num_negatives: int
     sampling: Sampling
     """Eligible documents in random order, or by rank."""
@@ -45,6 +48,11 @@ class NegativeRules:
             raise ConfigError(f"max_ratio is {self.max_ratio}; give above 0, at most 1")
         if self.margin is not None and self.margin < 0:
             raise ConfigError(f"margin is {self.margin}; give 0 or more")
+        if self.max_positive_rank is not None and not 1 <= self.max_positive_rank <= self.last_rank:
+            raise ConfigError(
+                f"max_positive_rank is {self.max_positive_rank}; give 1 to last_rank, here "
+                f"{self.last_rank}: what stands lower is not looked at"
+            )
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; give 0 or more")
 
@@ -61,6 +69,13 @@ class NegativeRules:
         if self.margin is not None:
             below &= scores < positive - self.margin
         return below
+
+    def finds_positive(self, positive_ranks: np.ndarray) -> np.ndarray:
+        """Return which pairs stay, by the ranks of their positives."""
+        if self.max_positive_rank is None:
+            return np.ones(len(positive_ranks), bool)
+        found: np.ndarray = positive_ranks <= self.max_positive_rank
+        return found
 
     def look_order(self, ranks: np.ndarray, pair: int) -> np.ndarray:
         """Return in which order the eligible documents of a pair are taken.

@@ -145,6 +145,34 @@ def test_negatives_are_those_of_a_loop_and_a_second_run_makes_nothing(
     assert [(o.path, o.version) for o in Storage(config.output).iter_objects("data")] == before
 
 
+def positive_rank(texts, model: str, pair: dict) -> int:
+    """The rank of a pair's document among all that do not answer the same query."""
+    documents, pairs = texts
+    answers = [p["doc_id"] for p in pairs if p["query"] == pair["query"]]
+    others = [d["text"] for d in documents if d["doc_id"] not in answers]
+    query, positive, *vectors = embed_one_by_one(model, [pair["query"], pair["document"], *others])
+    return 1 + sum(vector @ query > positive @ query for vector in vectors)
+
+
+def test_pairs_whose_query_finds_other_documents_first_are_dropped(
+    index_uri, tmp_path, tiny_model, texts
+):
+    config = make_config(index_uri, tmp_path / "consistent")
+    ranks = {p["doc_id"]: positive_rank(texts, tiny_model, p) for p in texts[1] if p["query"]}
+    limit = int(np.median(list(ranks.values())))
+    config = replace(config, last_rank=limit + 10, max_positive_rank=limit)
+    summary = mine_negatives(config)
+    wanted = {pair for pair, rank in ranks.items() if rank <= limit}
+    assert 3 < len(wanted) < len(ranks) - 3
+    assert set(mined(config.output, texts)) == wanted
+    assert summary["rejected"] == {"low_rank": len(ranks) - len(wanted), "missing_query": 2}
+    rejects = open_table(config.output).rejects().to_pylist()
+    told = {row["doc_id"]: row["detail"] for row in rejects if row["reason"] == "low_rank"}
+    for pair, detail in told.items():
+        if ranks[pair] < config.last_rank:
+            assert detail.startswith(f"at least {ranks[pair] - 1} documents score above")
+
+
 @pytest.mark.slow
 def test_other_rules_search_nothing_again_and_each_seed_draws_its_own(
     index_uri, tmp_path, tiny_model, texts
@@ -223,6 +251,7 @@ def test_dry_run_searches_nothing(index_uri, tmp_path):
         ({"max_judge_score": 2}, "max_judge_score is 2; give 0 to 1"),
         ({"stall_timeout_s": 0}, "stall_timeout_s is 0"),
         ({"num_negatives": 0}, "num_negatives is 0"),
+        ({"max_positive_rank": 101}, "max_positive_rank is 101; give 1 to last_rank, here 100"),
     ],
 )
 def test_bad_settings_are_refused(flags, message):

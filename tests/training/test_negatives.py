@@ -13,6 +13,7 @@ def make_rules(**settings) -> NegativeRules:
         "last_rank": 4,
         "max_ratio": 0.95,
         "margin": None,
+        "max_positive_rank": None,
         "num_negatives": 2,
         "sampling": "random",
         "seed": 0,
@@ -39,6 +40,14 @@ def test_scores_against_the_formula(max_ratio, margin):
             and (margin is None or score < best - margin)
         )
     assert found.all() == (max_ratio is None and margin is None)
+
+
+def test_a_pair_stays_if_its_positive_is_among_the_best():
+    ranks = np.array([1, 3, 4, 90])
+    assert make_rules(max_positive_rank=3).finds_positive(ranks).tolist() == [
+        *(True, True, False, False)
+    ]
+    assert make_rules().finds_positive(ranks).all()
 
 
 def test_order_is_by_rank_or_random_by_seed_and_pair():
