@@ -15,7 +15,7 @@ import numpy as np
 
 from qbatch.training.near_duplicates import normalised
 
-TEMPLATE_VERSION = 1
+TEMPLATE_VERSION = 2
 
 MALFORMED_RESPONSE = "malformed_response"
 """The answer is not the JSON that was asked for."""
@@ -184,7 +184,8 @@ def text_prompt(
 def _plain_query_prompt(passage: str, wish: Wish, configuration: Configuration) -> tuple[str, str]:
     """Return a prompt of one short sentence after the passage: small models follow no more.
 
-    Examples make it worse: SmolLM2-135M repeats them instead of its passage.
+    Examples make it worse: SmolLM2-135M repeats them instead of its passage. Asked for "a question
+    that the text answers" it writes "What is the text about?"; the beginning of a question helps.
     """
     language = f" Write it in {wish.language}." if wish.language else ""
     one_line = " ".join(passage.split())
@@ -192,12 +193,14 @@ def _plain_query_prompt(passage: str, wish: Wish, configuration: Configuration) 
     return "You write search queries.", f"{one_line}\n\n{wanted}{language}"
 
 
+_BEGINNING = 'Write one short question that begins with "{}" and is answered by this.'
+
 _PLAIN_WISHES: Mapping[str, str] = {
-    "keywords": "Write a few search keywords for the text above.",
-    "acquire_knowledge": "Write one short question that the text above answers.",
-    "summary": "Write one short question about the main topic of the text above.",
-    "yes_or_no": "Write one short yes-or-no question that the text above answers.",
-    "background": "Write one short question beginning with how or why that the text above answers.",
+    "keywords": "Summarize this in five words.",
+    "acquire_knowledge": _BEGINNING.format("How can I"),
+    "summary": "Summarize this in one short sentence.",
+    "yes_or_no": _BEGINNING.format("Is it possible to"),
+    "background": _BEGINNING.format("How does"),
 }
 
 

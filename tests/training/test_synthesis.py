@@ -144,10 +144,8 @@ def test_the_query_prompt_states_every_requirement():
         assert part in user
     plain_system, plain_user = text_prompt("retrieval", PASSAGE, WISH, configuration, plain=True)
     assert "JSON" not in plain_system + plain_user
-    assert plain_user == (
-        f"{PASSAGE}\n\nWrite one short question about the main topic of the text above. "
-        "Write it in German."
-    )
+    wish = "Summarize this in one short sentence. Write it in German."
+    assert plain_user == f"{PASSAGE}\n\n{wish}"
 
 
 @pytest.mark.parametrize(
