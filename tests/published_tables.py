@@ -16,7 +16,12 @@ from qbatch.tables import PublishedTable
 
 
 def publish_tables(
-    uri: str, tables: Sequence[pa.Table], rejects: Sequence[pa.Table] = (), *, after: int = 0
+    uri: str,
+    tables: Sequence[pa.Table],
+    rejects: Sequence[pa.Table] = (),
+    *,
+    after: int = 0,
+    kind: str = "run",
 ) -> PublishedTable:
     """Publish tables, a file each, and reject files, as the generation next to ``after``."""
     storage = Storage(uri)
@@ -27,7 +32,7 @@ def publish_tables(
         write_rejects(storage, f"{after + i:032x}", table) for i, table in enumerate(rejects)
     ]
     draft = Generation(
-        kind="run",
+        kind=kind,
         fingerprint={},
         config={},
         counts={},

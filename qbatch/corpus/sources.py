@@ -2,19 +2,23 @@
 
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qbatch.corpus.spans import Span
 from qbatch.errors import SourceChangedError, StorageError
-from qbatch.storage import object_info, open_object
+from qbatch.manifest import read_verified
+from qbatch.storage import Storage, object_info, open_object
 
 _FETCH_WHOLE_BYTES = 8 * 2**20
 """Objects up to this size are fetched ahead of the parser, whole."""
 
 _FETCH_THREADS = 16
+
+_LISTED = "sha256:"
+"""Begins the version of a file that a manifest lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +34,23 @@ class Source:
         return self.span.uri.rpartition("/")[2]
 
 
+def listed_span(storage: Storage, entry: Mapping[str, Any]) -> Span:
+    """Return the whole of a file that a manifest lists; its content names it, not its date.
+
+    Args:
+        storage: The table.
+        entry: Of schema.FILES.
+    """
+    version = f"{_LISTED}{entry['sha256']}"
+    return Span(storage.object_uri(entry["path"]), entry["bytes"], version)
+
+
 def iter_sources(spans: Iterable[Span]) -> Iterator[Source]:
     """Yield the spans in order with their objects open, fetching small objects ahead.
 
     Raises:
         SourceChangedError: An object is gone or differs from the version in its span.
+        IntegrityError: So does a file that a manifest lists.
         StorageError: The store failed.
     """
     with ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch") as pool:
@@ -52,6 +68,8 @@ def iter_sources(spans: Iterable[Span]) -> Iterator[Source]:
 
 
 def _open_source(span: Span) -> Source:
+    if span.version.startswith(_LISTED):
+        return Source(span, io.BytesIO(_read_listed(span)))
     _check_unchanged(span)
     file = open_random_access(span)
     if span.size > _FETCH_WHOLE_BYTES:
@@ -59,6 +77,12 @@ def _open_source(span: Span) -> Source:
     with file:
         data = read_exactly(file, span, 0, span.size)
     return Source(span, io.BytesIO(data))
+
+
+def _read_listed(span: Span) -> memoryview:
+    folder, _, name = span.uri.rpartition("/")
+    entry = {"path": name, "sha256": span.version.removeprefix(_LISTED)}
+    return memoryview(read_verified(Storage(folder), entry))
 
 
 def open_random_access(span: Span) -> BinaryIO:

@@ -17,6 +17,7 @@ from qbatch.corpus.config import CorpusConfig, Format
 from qbatch.corpus.listing import resolve_config
 from qbatch.corpus.reading import read_unit
 from qbatch.corpus.reasons import MISSING_QUERY
+from qbatch.corpus.sources import listed_span
 from qbatch.corpus.spans import Span, Unit
 from qbatch.corpus.units import plan_units
 from qbatch.errors import BadInputError, ConfigError
@@ -95,8 +96,7 @@ def pair_source(
             f"{uri} holds {generation.kind}, not pairs; give the --output of synthesize_pairs.py, "
             "filter_pairs.py or mine_negatives.py, or files with the columns query and document"
         )
-    found = [storage.info(path) for path in generation.files["path"].to_pylist()]
-    files = tuple(Span(info.uri, info.size, info.version) for info in found)
+    files = tuple(listed_span(storage, entry) for entry in generation.files.to_pylist())
     return PairSource(corpus=corpus, files=files)
 
 
@@ -105,6 +105,7 @@ def read_pairs(unit: Unit, source: PairSource) -> PairRows:
 
     Raises:
         SourceChangedError: An input object differs from the plan, or is gone.
+        IntegrityError: A published file is damaged.
         BadInputError: A column has a type that no pair has.
     """
     rows = read_unit(unit, source.corpus)
