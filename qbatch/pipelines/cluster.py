@@ -60,18 +60,22 @@ class PoolPlan:
 
 
 @contextmanager
-def ray_session(*, stall_timeout_s: float) -> Iterator[None]:
+def ray_session(*, stall_timeout_s: float, with_dashboard: bool = False) -> Iterator[None]:
     """Join the cluster named by RAY_ADDRESS or already joined, or run a local one for this job.
 
     Errors that a stage raised on purpose come out as themselves, whichever process raised them.
+
+    Args:
+        stall_timeout_s: Seconds without progress after which the job ends.
+        with_dashboard: Of a local cluster: it takes seconds to start and ends with the job, but
+            Ray Train asks its state API every second, and complains where there is none.
 
     Raises:
         StalledError: Nothing moved for ``stall_timeout_s``.
     """
     owned = not ray.is_initialized()
     if owned:
-        # Without a dashboard, which takes seconds to start and ends with the job.
-        ray.init(logging_level=logging.WARNING, include_dashboard=False)
+        ray.init(logging_level=logging.WARNING, include_dashboard=with_dashboard)
     # Ray means to drop free-form remote arguments in 2.64; pyproject.toml stays below that.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -49,7 +49,7 @@ def run_training(config: TrainingConfig, settings: Settings) -> dict[str, Any]:
         return estimate_training(config, settings)
     storage = Storage(config.output, single_writer=config.single_writer)
     probe(storage)
-    with ray_session(stall_timeout_s=config.stall_timeout_s):
+    with ray_session(stall_timeout_s=config.stall_timeout_s, with_dashboard=True):
         workers = _plan_workers(config)
         task = config.task(workers.dtype, workers.cpus)
         stages = plan_stages(task.stages, workers.number)
