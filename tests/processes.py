@@ -45,11 +45,11 @@ class Job:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def kill(self) -> None:
+    def kill(self, *, patience_s: float = 20) -> None:
         """SIGKILL the driver, then whatever of its Ray is left after a while."""
         self.process.kill()
         self.process.communicate()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + patience_s
         while (left := self.pids("")) and time.monotonic() < deadline:
             time.sleep(0.1)
         for pid in left:

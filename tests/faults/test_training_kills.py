@@ -26,12 +26,12 @@ def test_a_killed_training_ends_with_the_same_bytes(tmp_path):
         "pairs": pairs,
         "init_config": start,
         "batch_size": 16,
-        "epochs": 2,
+        "epochs": 8,
         "learning_rate": 0.003,
         "instruction": "find",
         "dtype": "float32",
         "checkpoint_every": 5,
-        "keep_checkpoints": 20,
+        "keep_checkpoints": 50,
     }
     whole, cut = tmp_path / "whole", tmp_path / "cut"
 
@@ -43,12 +43,12 @@ def test_a_killed_training_ends_with_the_same_bytes(tmp_path):
     for target in (1, 4):
         job = start_job(cut, f"cut-{target}.log")
         assert wait_until(lambda target=target: num_saved(cut) >= target, job, 300)
-        job.kill()
+        job.kill(patience_s=0)  # the worker would be done before it misses the driver
         assert not (cut / "complete.json").exists()
     code, summary = start_job(cut, "last.log").wait(600)
     assert code == 0, (tmp_path / "last.log").read_text()[-3000:]
     assert summary["resumed_from_step"] > 0
-    for name in ("model.safetensors", "checkpoints/step-00000050/model.safetensors"):
+    for name in ("model.safetensors", "checkpoints/step-00000200/model.safetensors"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes()
     curves = [json.loads((side / "report.json").read_text())["curve"] for side in (whole, cut)]
     assert curves[0] == curves[1]
