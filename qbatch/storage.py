@@ -209,26 +209,27 @@ def redact(uri: str) -> str:
     return re.sub(r"://[^/@]*@", "://***@", uri)
 
 
-def _parent(uri: str) -> tuple[Storage, str]:
+def parent_of(uri: str) -> tuple[Storage, str]:
+    """Return the directory of an object, and its name there."""
     head, _, name = Storage(uri).uri.rstrip("/").rpartition("/")
     return Storage(head or "/"), name
 
 
 def open_object(uri: str) -> BinaryIO:
     """Open one object by its full URI for random-access reading."""
-    storage, name = _parent(uri)
+    storage, name = parent_of(uri)
     return storage.open(name)
 
 
 def read_object(uri: str) -> bytes:
     """Return the content of one object by its full URI; FileNotFoundError when absent."""
-    storage, name = _parent(uri)
+    storage, name = parent_of(uri)
     return storage.read(name)
 
 
 def object_info(uri: str) -> ObjectInfo:
     """Return size and version of one object by its full URI; FileNotFoundError when absent."""
-    storage, name = _parent(uri)
+    storage, name = parent_of(uri)
     return storage.info(name)
 
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from qbatch.corpus.spans import Span
 from qbatch.errors import SourceChangedError, StorageError
 from qbatch.manifest import read_verified
-from qbatch.storage import Storage, object_info, open_object
+from qbatch.storage import Storage, object_info, open_object, parent_of
 
 _FETCH_WHOLE_BYTES = 8 * 2**20
 """Objects up to this size are fetched ahead of the parser, whole."""
@@ -80,9 +80,9 @@ def _open_source(span: Span) -> Source:
 
 
 def _read_listed(span: Span) -> memoryview:
-    folder, _, name = span.uri.rpartition("/")
+    storage, name = parent_of(span.uri)
     entry = {"path": name, "sha256": span.version.removeprefix(_LISTED)}
-    return memoryview(read_verified(Storage(folder), entry))
+    return memoryview(read_verified(storage, entry))
 
 
 def open_random_access(span: Span) -> BinaryIO:

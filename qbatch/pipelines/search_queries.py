@@ -19,7 +19,7 @@ from qbatch.errors import ConfigError, NoInputError, SourceChangedError
 from qbatch.index.columns import VectorColumn
 from qbatch.manifest import Generation, fingerprint_id
 from qbatch.schema import REJECTS, vector_matrix
-from qbatch.storage import Storage, open_object
+from qbatch.storage import Storage, object_info, open_object
 from qbatch.tables import PublishedTable
 
 BLOCK_QUERIES = 4096
@@ -199,6 +199,5 @@ def parquet_objects(uri: str) -> Iterator[tuple[str, str]]:
             found = True
             yield info.uri, info.version
     if not found and uri.endswith(".parquet"):
-        head, _, name = storage.uri.rpartition("/")
-        info = Storage(head or "/").info(name)
+        info = object_info(uri)
         yield info.uri, info.version

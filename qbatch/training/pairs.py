@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from qbatch.errors import BadInputError, NoInputError
 from qbatch.manifest import latest_generation
 from qbatch.schema import TRAINING_PAIRS
-from qbatch.storage import Storage
+from qbatch.storage import Storage, parent_of
 
 _WINDOW_ROWS = 2**20
 """Rows among which an epoch shuffles; whole row groups, themselves in random order."""
@@ -69,8 +69,7 @@ class PairTable:
         """
         storage = Storage(uri)
         if uri.endswith(".parquet"):
-            parent, _, name = storage.uri.rpartition("/")
-            storage = Storage(parent or "/")
+            storage, name = parent_of(uri)
             found = [storage.info(name)] if storage.exists(name) else []
         elif (generation := latest_generation(storage)) is not None:
             entries = generation.files.select(["path", "bytes", "sha256"]).to_pylist()
